@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: ``megatron-sp-fix`` and ``python -m megatron_sp_fix``."""
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from typing import Optional
+
+from . import UnsupportedMegatronError, __version__, status
+
+__all__ = ["main"]
+
+_NATIVE = {
+    "none": "no shard (the bug)",
+    "native": "megatron-core's own scatter",
+    "source": "this fix, in the source",
+}
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Run a command.
+
+    Args:
+        argv: the arguments; the process's by default.
+
+    Returns:
+        int: 0, or 1 for a finding; usage errors exit with 2.
+    """
+    parser = argparse.ArgumentParser(
+        prog="megatron-sp-fix",
+        description="Run a multimodal model's language tower alone under sequence parallelism.",
+        epilog="example: megatron-sp-fix demo --tp 2",
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    command = commands.add_parser(
+        "status",
+        help="show the installed megatron-core and its call sites",
+        description="Show the installed megatron-core, and for each call site what it does by "
+        "itself and whether it is patched.",
+        epilog="example: megatron-sp-fix status --json",
+    )
+    command.add_argument("--json", action="store_true", help="print JSON")
+    command.set_defaults(run=_status)
+
+    command = commands.add_parser(
+        "demo",
+        help="show the bug and the fix on real ranks",
+        description="Build a plain LM and a tower from the same weights, run both with sequence "
+        "parallelism on, and compare them bitwise. Starts CPU ranks, or uses torchrun's.",
+        epilog="example: torchrun --nproc-per-node 2 -m megatron_sp_fix demo",
+    )
+    command.add_argument("--tp", type=int, default=2, metavar="N", help="TP size (default: 2)")
+    command.set_defaults(run=_demo)
+
+    arguments = parser.parse_args(argv)
+    try:
+        result: int = arguments.run(arguments)
+        return result
+    except ValueError as error:
+        print(f"megatron-sp-fix: {error}", file=sys.stderr)
+        return 2
+    except UnsupportedMegatronError as error:
+        print(f"megatron-sp-fix: {error}", file=sys.stderr)
+        return 1
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    found = status()
+    if arguments.json:
+        print(json.dumps(dataclasses.asdict(found), indent=2))
+        return 0
+    print(f"megatron-core {found.version} at {found.path}")
+    width = max(len(site.name) for site in found.sites)
+    for site in found.sites:
+        by = f" (by {', '.join(site.by)})" if site.by else ""
+        patched = "patched" if site.patched else "not patched"
+        print(f"  {site.name.ljust(width)}  by itself: {_NATIVE[site.native]}; {patched}{by}")
+    return 0
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from .demo import demo
+
+    return demo(arguments.tp)

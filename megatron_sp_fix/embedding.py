@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Embed tokens for a decoder that runs under sequence parallelism (SP).
+
+A multimodal model builds its language model ("tower") with
+``scatter_embedding_sequence_parallel=False``: it calls ``tower.embedding`` itself, merges image or
+audio features into the full-length result, shards that and passes it on as ``decoder_input``. When
+the tower embeds its own tokens instead, nobody shards. These functions do, at the place where a
+model embeds tokens for its decoder. Called by anyone else, the embedding still returns full length.
+"""
+
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any, Callable, Iterator, Optional
+
+import torch
+from torch import Tensor
+
+from megatron.core import parallel_state
+from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
+from megatron.core.tensor_parallel.layers import VocabParallelEmbedding
+from megatron.core.tensor_parallel.mappings import scatter_to_sequence_parallel_region
+
+__all__ = ["embed_for_decoder", "needs_shard", "shard_padding_mask", "sharding_embedding"]
+
+
+def needs_shard(owner: Any, embedding: Any) -> bool:
+    """Whether SP is on and the embedding does not declare that it shards by itself.
+
+    Args:
+        owner: the model or MTP layer that embeds; its ``config`` is read.
+        embedding: a ``LanguageModelEmbedding``, or any callable that stands in for one.
+
+    Returns:
+        bool: False for every plain LM, for TP size 1 and while SP is off.
+    """
+    return (
+        owner.config.sequence_parallel
+        # A bare function declares nothing: it is called, and its output's length decides.
+        and not getattr(embedding, "scatter_to_sequence_parallel", False)
+        and _tp_group(owner, embedding).size() > 1
+    )
+
+
+def embed_for_decoder(
+    model: Any, input_ids: Tensor, position_ids: Optional[Tensor], inference_context: Any = None
+) -> Tensor:
+    """Embed ``input_ids`` into what ``model.decoder`` takes: under SP a shard, else all of it.
+
+    Follows ``GPTModel._preprocess`` and ``HybridModel.forward``. The logits, loss and gradients are
+    those of a model built with ``scatter_embedding_sequence_parallel=True``.
+
+    Args:
+        model: a ``GPTModel``, ``HybridModel`` or ``MambaModel`` that embeds on this stage.
+        input_ids: token ids, int64 ``[b, s]``, the same on every rank of the TP group.
+        position_ids: int64 ``[b, s]``; passed to the embedding unread.
+        inference_context: a ``BaseInferenceContext``. Under dynamic batching with fp8 or fp4 the
+            padding rows are zeroed, so that they do not enter a quantization scale.
+
+    Returns:
+        Tensor: ``[s / tp, b, h]`` that owns its storage, in the embedding's dtype; ``[s, b, h]``
+        when there is nothing to shard.
+
+    Raises:
+        ValueError: the TP size does not divide ``s`` (raised before any collective), or the
+            embedding returned neither ``s`` nor ``s / tp`` rows.
+    """
+    embedding = model.embedding
+    if not needs_shard(model, embedding):
+        return embedding(input_ids=input_ids, position_ids=position_ids)
+    group = _tp_group(model, embedding)
+    shard = _embed(embedding, group, input_ids=input_ids, position_ids=position_ids)
+    if (
+        inference_context is not None
+        and inference_context.is_dynamic_batching()
+        and (getattr(model.config, "fp8", None) or getattr(model.config, "fp4", None))
+    ):
+        # The slice counts rows of the whole sequence; this shard holds those from `offset` on.
+        offset = group.rank() * shard.shape[0]
+        start, stop, _ = inference_context.padding_slice.indices(input_ids.shape[1])
+        shard[max(start - offset, 0) : max(stop - offset, 0)] = 0.0
+    return shard
+
+
+def sharding_embedding(owner: Any, embedding: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return ``embedding``, or a callable in its place that returns shards.
+
+    For code that is handed an embedding to call: ``MultiTokenPredictionLayer._get_embeddings`` and
+    ``forward_single_position``, and ``MultiTokenPredictionBlock.forward`` up to 0.13.
+
+    Args:
+        owner: the MTP layer or block; its ``config`` and TP group are read.
+        embedding: called with keywords ``input_ids`` and ``position_ids``, int64 ``[b, s]``.
+
+    Returns:
+        Callable: returns ``[s / tp, b, h]`` and raises as :func:`embed_for_decoder` does, if the
+        embedding needs it; otherwise ``embedding`` itself.
+    """
+    if not needs_shard(owner, embedding):
+        return embedding
+    return partial(_embed, embedding, _tp_group(owner, embedding))
+
+
+def shard_padding_mask(model: Any, padding_mask: Tensor, input_ids: Tensor) -> Tensor:
+    """Take this rank's part of a padding mask, along the sequence, over the model's TP group.
+
+    Args:
+        model: the model that embeds; under SP with a TP size above 1.
+        padding_mask: bool ``[b, s]``, True at padding.
+        input_ids: token ids ``[b, s]``.
+
+    Returns:
+        Tensor: bool ``[b, s / tp]``, contiguous. A mask that has this shape already is returned
+        as it came.
+
+    Raises:
+        ValueError: the mask has another shape.
+    """
+    group = _tp_group(model, model.embedding)
+    batch, length = input_ids.shape
+    if padding_mask.shape == (batch, length // group.size()):
+        return padding_mask
+    if padding_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"padding_mask has shape {tuple(padding_mask.shape)}; input_ids {tuple(input_ids.shape)}"
+            f" with tensor parallel size {group.size()} take a mask of the same shape"
+        )
+    return padding_mask.chunk(group.size(), dim=1)[group.rank()].contiguous()
+
+
+def _tp_group(owner: Any, embedding: Any) -> torch.distributed.ProcessGroup:
+    """The group over which the embedding's vocabulary is split: its own, its owner's, the global."""
+    for holder, name in (
+        (embedding, "tp_group"),
+        (getattr(owner, "pg_collection", None), "tp"),
+        (owner, "tp_group"),
+    ):
+        group = getattr(holder, name, None)
+        if group is not None:
+            return group
+    return parallel_state.get_tensor_model_parallel_group()
+
+
+def _embed(
+    embedding: Callable[..., Tensor],
+    group: torch.distributed.ProcessGroup,
+    *,
+    input_ids: Tensor,
+    position_ids: Optional[Tensor],
+) -> Tensor:
+    """Call the embedding and return this rank's shard, whoever does the sharding."""
+    length, size = input_ids.shape[1], group.size()
+    if length % size != 0:
+        raise ValueError(
+            f"sequence length {length} is not divisible by the tensor parallel size {size}, which "
+            f"sequence parallelism needs: pad the sequence to {-(-length // size) * size} tokens, "
+            "or set sequence_parallel=False"
+        )
+    if _is_stock(embedding, LanguageModelEmbedding):
+        output = _embed_scattered(embedding, input_ids, position_ids)
+    else:
+        output = embedding(input_ids=input_ids, position_ids=position_ids)
+    if output.shape[0] == length:
+        # Left unnamed where it is the default: up to 0.12 there is no parameter to name it with.
+        default = parallel_state.get_tensor_model_parallel_group(check_initialized=False)
+        named = {} if group is default else {"group": group}
+        output = scatter_to_sequence_parallel_region(output, **named)
+    elif output.shape[0] != length // size:
+        raise ValueError(
+            f"the embedding returned shape {tuple(output.shape)} for input_ids of shape "
+            f"{tuple(input_ids.shape)}: its first dimension must be the sequence length {length}, "
+            f"or {length // size} if it shards for tensor parallel size {size} by itself"
+        )
+    if output.untyped_storage().nbytes() != output.numel() * output.element_size():
+        # A slice keeps the whole sequence alive until backward; a copy keeps the shard alone.
+        output = output.clone()
+    return output
+
+
+def _is_stock(module: Any, cls: type) -> bool:
+    """Whether calling the module runs the forward of ``cls``, and nothing sees what that returns.
+
+    The type is read, not ``isinstance``: a proxy may answer for the class that it forwards to.
+    """
+    return (
+        getattr(type(module), "forward", None) is cls.forward
+        and "forward" not in module.__dict__
+        and not module._forward_hooks
+        and getattr(module, "_compiled_call_impl", None) is None
+    )
+
+
+def _embed_scattered(
+    embedding: LanguageModelEmbedding, input_ids: Tensor, position_ids: Optional[Tensor]
+) -> Tensor:
+    """Run a stock embedding as if it had been built with ``scatter_to_sequence_parallel=True``."""
+    words = embedding.word_embeddings
+    reduce_scatter = (
+        not embedding.add_position_embedding
+        and embedding.num_tokentypes <= 0
+        and _is_stock(words, VocabParallelEmbedding)
+    )
+    changes = {"scatter_to_sequence_parallel": True, "reduce_scatter_embeddings": reduce_scatter}
+    with ExitStack() as stack:
+        if reduce_scatter:
+            words = stack.enter_context(_altered(words, reduce_scatter_embeddings=True))
+            changes["_modules"] = {**embedding._modules, "word_embeddings": words}
+        scattering = stack.enter_context(_altered(embedding, **changes))
+        return scattering(input_ids=input_ids, position_ids=position_ids)
+
+
+@contextmanager
+def _altered(module: torch.nn.Module, **changes: Any) -> Iterator[torch.nn.Module]:
+    """Yield a twin of the module with some attributes changed, its parameters and hooks shared.
+
+    The module itself keeps its attributes, since another thread may be calling it. What a hook
+    assigns to the twin goes to the module at the end.
+    """
+    twin = object.__new__(type(module))
+    twin.__dict__.update(module.__dict__, **changes)
+    before = dict(twin.__dict__)
+    try:
+        yield twin
+    finally:
+        for name, value in twin.__dict__.items():
+            if before.get(name, twin) is not value:
+                module.__dict__[name] = value

@@ -1,0 +1,301 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Apply the table of call sites to the megatron-core of this process, and take it back."""
+
+import functools
+import importlib
+import logging
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .sites import NEWEST, OLDEST, Found, UnsupportedMegatronError, find, installed_root, version
+
+__all__ = ["SiteStatus", "Status", "applied", "apply", "remove", "status"]
+
+_log = logging.getLogger("megatron_sp_fix")
+_lock = threading.RLock()
+
+
+@dataclass(eq=False)
+class _Patch:
+    """One replaced method.
+
+    Attributes:
+        owner: the class whose ``__dict__`` holds the method.
+        original: the very object that stood there.
+        replacement: the object put in its place.
+        active: False once removed: a later patch on top may still call the replacement, which then
+            only passes the call on.
+        covered_by: what stood in the replacement's place when it was removed, if not itself.
+    """
+
+    owner: type
+    method: str
+    original: Any
+    replacement: Any = None
+    active: bool = True
+    covered_by: Any = None
+
+
+_patches: dict[str, _Patch] = {}
+
+
+@dataclass(frozen=True)
+class SiteStatus:
+    """What one call site does.
+
+    Attributes:
+        name: ``Class.method``.
+        native: what the installed code does by itself: ``"none"`` (no shard: the bug), ``"native"``
+            (megatron-core's own scatter) or ``"source"`` (this fix, patched into the source).
+        patched: whether this process runs the fix at this site, by either form.
+        by: who replaced the method in this process: modules, outermost first; empty if nobody.
+    """
+
+    name: str
+    native: str
+    patched: bool
+    by: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Status:
+    """The installed megatron-core and its call sites.
+
+    Attributes:
+        version: for example ``"0.18.2"``.
+        path: the folder that holds ``megatron/core``.
+        sites: one entry a call site.
+    """
+
+    version: str
+    path: str
+    sites: tuple[SiteStatus, ...]
+
+
+def apply() -> tuple[str, ...]:
+    """Make every standalone forward of a language tower run on shards under sequence parallelism.
+
+    Replaces the methods that embed tokens for a decoder: ``GPTModel._preprocess`` and its siblings
+    in ``MambaModel``, ``HybridModel`` and MTP. Works before or after models are built; models and
+    their embeddings are not touched. Where megatron-core was patched from source already, nothing
+    is replaced. Every rank must call it.
+
+    Returns:
+        tuple[str, ...]: the methods replaced by this call, as ``module.Class.method``; empty when
+        all were replaced before.
+
+    Raises:
+        UnsupportedMegatronError: megatron-core is missing, older than 0.12, or has call sites that
+            are not recognized. Nothing has been replaced then.
+    """
+    with _lock:
+        root = installed_root()
+        found = _supported(root)
+        pending: list[tuple[str, _Patch]] = []
+        notes: list[str] = []
+        for match in found:
+            site = match.site
+            if match.form == "source":
+                notes.append(f"{site.name} is patched in its source")
+                continue
+            try:
+                owner = getattr(importlib.import_module(site.module), site.cls)
+            except ImportError as error:
+                # As 0.12 without Transformer Engine: nobody can use that model here.
+                notes.append(f"{site.name} cannot be imported ({error})")
+                continue
+            current = owner.__dict__[site.method]
+            known = _patches.get(site.name)
+            if known and known.owner is owner:
+                if known.active:
+                    if current is not known.replacement:
+                        notes.append(f"{site.name} carries a later patch by {_author(current)}")
+                    continue
+                if current in (known.replacement, known.covered_by):
+                    pending.append((site.name, known))
+                    continue
+            patch = _Patch(owner, site.method, current)
+            patch.replacement = _replacement(patch, match)
+            pending.append((site.name, patch))
+
+        for name, patch in pending:
+            _patches[name] = patch
+            patch.active = True
+            if patch.owner.__dict__[patch.method] is patch.original:
+                setattr(patch.owner, patch.method, patch.replacement)
+        names = tuple(f"{patch.owner.__module__}.{name}" for name, patch in pending)
+        if names or notes:
+            short = [name for name, _ in pending]
+            _log.info(
+                "megatron-core %s at %s: %s",
+                ".".join(map(str, version(root))),
+                root,
+                "; ".join(([f"patched {', '.join(short)}"] if short else []) + notes),
+            )
+        return names
+
+
+def remove() -> tuple[str, ...]:
+    """Put back the very methods that :func:`apply` replaced.
+
+    A method that somebody else has patched since stays as they left it, with this fix switched off
+    underneath, and a warning names it.
+
+    Returns:
+        tuple[str, ...]: the methods restored, as ``module.Class.method``.
+    """
+    with _lock:
+        restored = []
+        for name, patch in list(_patches.items()):
+            if not patch.active:
+                continue
+            patch.active = False
+            current = patch.owner.__dict__.get(patch.method)
+            if current is patch.replacement:
+                setattr(patch.owner, patch.method, patch.original)
+                restored.append(f"{patch.owner.__module__}.{name}")
+                del _patches[name]
+            else:
+                patch.covered_by = current
+                _log.warning(
+                    "%s carries a later patch by %s, which stays; the fix below it is off",
+                    name,
+                    _author(current),
+                )
+        return tuple(restored)
+
+
+@contextmanager
+def applied() -> Iterator[None]:
+    """Apply for the length of a ``with`` block; inside an outer application, change nothing.
+
+    Raises:
+        UnsupportedMegatronError: as :func:`apply`.
+    """
+    changed = apply()
+    try:
+        yield
+    finally:
+        if changed:
+            remove()
+
+
+def status() -> Status:
+    """Describe the installed megatron-core: its version, its place and each of its call sites.
+
+    Reads source files and this process's modules; imports neither torch nor megatron-core's models.
+
+    Raises:
+        UnsupportedMegatronError: megatron-core is missing or not recognized.
+    """
+    root = installed_root()
+    sites = []
+    for match in find(root):
+        site = match.site
+        patch = _patches.get(site.name)
+        owner = getattr(sys.modules.get(site.module), site.cls, None)
+        current = owner.__dict__.get(site.method) if owner else None
+        ours = bool(patch and patch.active)
+        by = [_author(current)] if current is not None and _is_foreign(current, site.module) else []
+        if ours:
+            by.append(__package__)
+        sites.append(SiteStatus(site.name, match.form, ours or match.form == "source", tuple(by)))
+    return Status(".".join(map(str, version(root))), str(root), tuple(sites))
+
+
+def _supported(root: Path) -> list[Found]:
+    """Find the call sites of a supported release; warn of a newer one whose sites are recognized."""
+    release = version(root)
+    if release[:2] < OLDEST:
+        raise UnsupportedMegatronError(
+            f"megatron-core {'.'.join(map(str, release))} at {root} is older than "
+            f"{'.'.join(map(str, OLDEST))}, the oldest release that megatron-sp-fix supports"
+        )
+    found = find(root)
+    if release[:2] > NEWEST:
+        warnings.warn(
+            f"megatron-core {'.'.join(map(str, release))} is newer than "
+            f"{'.'.join(map(str, NEWEST))}, the newest release that megatron-sp-fix is tested "
+            "with; its call sites are recognized and are patched",
+            stacklevel=3,
+        )
+    return found
+
+
+def _replacement(patch: _Patch, match: Found) -> Callable[..., Any]:
+    """Make the method that stands in: it shards, then runs the original with the shard."""
+    from .embedding import embed_for_decoder, needs_shard, shard_padding_mask, sharding_embedding
+
+    original, names = patch.original, match.parameters
+
+    def argument(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], position: int) -> Any:
+        return args[position] if len(args) > position else kwargs.get(name)
+
+    if match.site.embeds == "embedding":
+        at = names.index("embedding")
+
+        @functools.wraps(original)
+        def replacement(self: Any, *args: Any, **kwargs: Any) -> Any:
+            embedding = argument("embedding", args, kwargs, at)
+            if not patch.active or embedding is None:
+                return original(self, *args, **kwargs)
+            sharding = sharding_embedding(self, embedding)
+            if len(args) > at:
+                args = (*args[:at], sharding, *args[at + 1 :])
+            else:
+                kwargs["embedding"] = sharding
+            return original(self, *args, **kwargs)
+
+    else:
+        at = names.index("decoder_input")
+
+        @functools.wraps(original)
+        def replacement(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if (
+                not patch.active
+                or argument("decoder_input", args, kwargs, at) is not None
+                or not self.pre_process
+                or not needs_shard(self, self.embedding)
+            ):
+                return original(self, *args, **kwargs)
+            call = dict(zip(names, args))
+            if len(args) > len(names) or call.keys() & kwargs.keys() or "input_ids" not in call | kwargs:
+                return original(self, *args, **kwargs)  # to raise its own TypeError
+            call |= kwargs
+            if call.get("padding_mask") is not None:
+                call["padding_mask"] = shard_padding_mask(
+                    self, call["padding_mask"], call["input_ids"]
+                )
+            call["decoder_input"] = embed_for_decoder(
+                self,
+                call["input_ids"],
+                call.get("position_ids"),
+                # Up to 0.14 some callers still use the parameter's old name.
+                call.get("inference_context") or call.get("inference_params"),
+            )
+            return original(self, **call)
+
+    return replacement
+
+
+def _is_foreign(function: Any, module: str) -> bool:
+    """Whether a method was put there by code from outside the module that defines its class."""
+    code = getattr(function, "__code__", None)
+    return code is None or code.co_filename not in (
+        __file__,
+        getattr(sys.modules[module], "__file__", None),
+    )
+
+
+def _author(function: Any) -> str:
+    """Name the code that a function comes from, even where `functools.wraps` renamed it."""
+    names = getattr(function, "__globals__", None) or {}
+    return str(names.get("__name__") or getattr(function, "__module__", None) or repr(function))
+
+
