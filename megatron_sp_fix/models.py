@@ -22,7 +22,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
 
-__all__ = ["KINDS", "Norm", "batch", "build", "differences", "forward", "has", "pair", "step"]
+__all__ = ["KINDS", "Norm", "batch", "build", "differences", "forward", "has", "pair", "parameters", "step"]
 
 KINDS = ("gpt", "hybrid", "mtp")
 VOCAB = 64
@@ -155,6 +155,17 @@ def build(
     if position == "mrope":
         fields.setdefault("mrope_section", [1, 1, 2])
     settings = TransformerConfig(**fields)
+    if position == "yarn":  # fields that the config itself does not declare
+        for name, value in {
+            "rotary_scaling_factor": 4.0,
+            "original_max_position_embeddings": 8,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "mscale": 1.0,
+            "mscale_all_dim": 0.0,
+            "correction_range_round_to_int": True,
+        }.items():
+            setattr(settings, f"yarn_{name}", value)
     arguments: dict[str, Any] = {
         "vocab_size": -(-VOCAB // tp) * tp,
         "max_sequence_length": 128,
@@ -372,3 +383,9 @@ def _normed(spec: Any, attention: type) -> Any:
     return spec
 
 
+
+
+def parameters(kind: str) -> set[str]:
+    """Names of the parameters of the model's constructor and forward in this release."""
+    cls = _hybrid()[0] if kind == "hybrid" else GPTModel
+    return {*inspect.signature(cls).parameters, *inspect.signature(cls.forward).parameters}

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Ranks of real processes: a pool that lives for a session, over gloo on CPUs or NCCL on GPUs."""
 
-import datetime
 import multiprocessing
 import os
 import pickle
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -13,8 +13,6 @@ from types import TracebackType
 from typing import Any, Optional
 
 __all__ = ["Ranks", "RankError", "setup", "teardown"]
-
-_TIMEOUT = datetime.timedelta(seconds=120)
 
 
 class RankError(RuntimeError):
@@ -41,60 +39,85 @@ class Ranks:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         self.size = size
         self._folder = tempfile.TemporaryDirectory(prefix="megatron-sp-fix-")
-        self._runs = 0
+        self._layout: Any = None
+        self._setups = 0
+        self._context = context
+        self._start()
+
+    def _start(self) -> None:
         self._pipes: list[Connection] = []
         self._processes = []
-        for rank in range(size):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, theirs), daemon=True)
+        for rank in range(self.size):
+            ours, theirs = self._context.Pipe()
+            process = self._context.Process(target=_serve, args=(rank, theirs), daemon=True)
             process.start()
             theirs.close()
             self._pipes.append(ours)
             self._processes.append(process)
 
-    def run(self, function: Callable[..., Any], *args: Any, ranks: int = 0, **layout: Any) -> list[Any]:
+    def run(
+        self,
+        function: Callable[..., Any],
+        *args: Any,
+        ranks: int = 0,
+        timeout: float = 120,
+        **layout: Any,
+    ) -> list[Any]:
         """Call a function on every rank at once.
 
         Args:
             function: importable by name in another process.
             args: its arguments, picklable.
             ranks: how many ranks take part; all by default.
-            layout: keywords of :func:`setup`: ``tp``, ``pp``, ``cp``, ``ep``, ``vpp``.
+            timeout: seconds that the slowest rank may take; then all are ended and started anew.
+            layout: keywords of :func:`setup`: ``tp``, ``pp`` and so on.
 
         Returns:
             list: the results, by rank.
 
         Raises:
-            RankError: the function raised on some rank.
+            RankError: the function raised on some rank, or took too long.
         """
         ranks = ranks or self.size
-        self._runs += 1
-        store = os.path.join(self._folder.name, f"store{self._runs}")
+        if self._layout != (ranks, layout):
+            self._layout = (ranks, layout)
+            self._setups += 1
+        store = os.path.join(self._folder.name, f"store{self._setups}")
         call = pickle.dumps((ranks, store, layout, function, args))
         for pipe in self._pipes[:ranks]:
             pipe.send_bytes(call)
         results, errors = [], []
+        deadline = time.monotonic() + timeout
         for rank, pipe in enumerate(self._pipes[:ranks]):
+            error, result = f"no answer after {timeout} s", None
             try:
-                error, result = pickle.loads(pipe.recv_bytes())
+                if pipe.poll(max(0, deadline - time.monotonic())):
+                    error, result = pickle.loads(pipe.recv_bytes())
             except EOFError:
-                error, result = f"the process of rank {rank} died", None
+                error = "the process died"
             results.append(result)
             if error:
-                errors.append(f"rank {rank} of {ranks}:\n{error}")
+                errors.append(f"rank {rank} of {ranks}: {error}")
+        if time.monotonic() > deadline or not all(p.is_alive() for p in self._processes):
+            self._stop()
+            self._start()
         if errors:
+            self._layout = None  # a collective may have been left half done
             raise RankError("\n".join(errors))
         return results
 
     def close(self) -> None:
         """End the processes."""
+        self._stop()
+        self._folder.cleanup()
+
+    def _stop(self) -> None:
         for pipe in self._pipes:
             pipe.close()
         for process in self._processes:
-            process.join(timeout=5)
+            process.join(timeout=1)
             if process.is_alive():
                 process.kill()
-        self._folder.cleanup()
 
     def __enter__(self) -> "Ranks":
         return self
@@ -117,15 +140,13 @@ def _serve(rank: int, pipe: Connection) -> None:
             os._exit(0)  # gloo's threads would keep an ordinary exit waiting
         error, result = None, None
         try:
-            if current != (ranks, layout):
-                current = None
+            if current != store:
                 teardown()
+                current = store
                 setup(rank, ranks, f"file://{store}", **layout)
-                current = (ranks, layout)
             result = function(*args)
         except BaseException:
             error = traceback.format_exc()
-            current = None  # a collective may have been left half done
         try:
             reply = pickle.dumps((error, result))
         except Exception:
@@ -167,7 +188,7 @@ def setup(
         # megatron-core allocates what a collective fills on "the current CUDA device".
         torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment, return-value]
     torch.distributed.init_process_group(
-        "nccl" if gpu else "gloo", init_method=store, rank=rank, world_size=ranks, timeout=_TIMEOUT
+        "nccl" if gpu else "gloo", init_method=store, rank=rank, world_size=ranks
     )
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tp,

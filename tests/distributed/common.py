@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the distributed tests share: the fix, switched by --unpatched, and embeddings of all sorts."""
+
+import contextlib
+import os
+
+import torch
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
+
+import megatron_sp_fix
+from megatron_sp_fix import models
+
+
+def fix():
+    """The fix, for a `with` block; nothing at all under --unpatched."""
+    return contextlib.nullcontext() if os.environ.get("UNPATCHED") else megatron_sp_fix.applied()
+
+
+def tp_rank():
+    return parallel_state.get_tensor_model_parallel_rank()
+
+
+def tp_size():
+    return parallel_state.get_tensor_model_parallel_world_size()
+
+
+def check_same(expected, actual):
+    """Bitwise: every logit, the loss and every gradient."""
+    assert len([name for name in expected if name.startswith("grad")]) > 5
+    different = models.differences(expected, actual)
+    assert not different, f"not bitwise equal: {sorted(different)}"
+
+
+def check_shard(shard, length):
+    """It is this rank's part, and owns the bytes of its own rows and no others."""
+    assert shard.shape[0] == length // tp_size(), f"{tuple(shard.shape)} for {length} tokens"
+    assert shard.untyped_storage().nbytes() == shard.numel() * shard.element_size()
+
+
+def shadow(model, embedding):
+    """Put any callable in the embedding's place, as downstream code does."""
+    model.__dict__["embedding"] = embedding
+
+
+class Scaled(LanguageModelEmbedding):
+    """As Gemma's: what the stock embedding returns, scaled."""
+
+    def forward(self, input_ids, position_ids, tokentype_ids=None):
+        return super().forward(input_ids, position_ids, tokentype_ids) * 3.0
+
+
+class Ignoring(LanguageModelEmbedding):
+    """Computes by itself and knows no flags: full length, always."""
+
+    def forward(self, input_ids, position_ids, tokentype_ids=None):
+        words = self.word_embeddings
+        flag, words.reduce_scatter_embeddings = words.reduce_scatter_embeddings, False
+        try:
+            return words(input_ids).transpose(0, 1).contiguous()
+        finally:
+            words.reduce_scatter_embeddings = flag
+
+
+class SelfSharding(LanguageModelEmbedding):
+    """Shards although it was built not to."""
+
+    def forward(self, input_ids, position_ids, tokentype_ids=None):
+        full = super().forward(input_ids, position_ids, tokentype_ids)
+        return tensor_parallel.scatter_to_sequence_parallel_region(full)
+
+
+class Proxy:
+    """Shards, and forwards every attribute to the real embedding, `__class__` included."""
+
+    def __init__(self, real, sharding=True):
+        object.__setattr__(self, "_real", real)
+        object.__setattr__(self, "_sharding", sharding)
+
+    def __getattr__(self, name):
+        return getattr(object.__getattribute__(self, "_real"), name)
+
+    @property
+    def __class__(self):
+        return type(self._real)
+
+    def __call__(self, input_ids, position_ids):
+        full = self._real(input_ids=input_ids, position_ids=position_ids)
+        if not self._sharding:
+            return full
+        return tensor_parallel.scatter_to_sequence_parallel_region(full)
+
+
+class Wrapper(torch.nn.Module):
+    """Holds the real embedding as a submodule."""
+
+    def __init__(self, real, sharding):
+        super().__init__()
+        self.real = real
+        self.sharding = sharding
+
+    def forward(self, input_ids, position_ids):
+        full = self.real(input_ids=input_ids, position_ids=position_ids)
+        if not self.sharding:
+            return full
+        return tensor_parallel.scatter_to_sequence_parallel_region(full)
+
+
+def _function(model, sharding):
+    real = model.embedding
+
+    def embed(input_ids, position_ids):
+        full = real(input_ids=input_ids, position_ids=position_ids)
+        if not sharding:
+            return full
+        return tensor_parallel.scatter_to_sequence_parallel_region(full)
+
+    shadow(model, embed)
+
+
+def _hook(model, sharding):
+    def scatter(module, args, full):
+        return tensor_parallel.scatter_to_sequence_parallel_region(full) if sharding else None
+
+    model.embedding.register_forward_hook(scatter)
+
+
+def _instance_forward(model, sharding):
+    real = model.embedding.forward
+
+    def forward(input_ids, position_ids):
+        full = real(input_ids, position_ids)
+        if not sharding:
+            return full
+        return tensor_parallel.scatter_to_sequence_parallel_region(full)
+
+    model.embedding.forward = forward
+
+
+def _subclass(model, sharding):
+    model.embedding.__class__ = SelfSharding if sharding else Ignoring
+
+
+#: Ways to stand in for the stock embedding: called with a model and whether to shard.
+STAND_INS = {
+    "wrapper": lambda model, sharding: shadow(model, Wrapper(model.embedding, sharding)),
+    "proxy": lambda model, sharding: shadow(model, Proxy(model.embedding, sharding)),
+    "function": _function,
+    "hook": _hook,
+    "instance forward": _instance_forward,
+    "subclass": _subclass,
+}
