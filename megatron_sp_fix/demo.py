@@ -109,24 +109,37 @@ def _report(tp: int, run: Callable[[str], list[list[dict[str, Any]]]], shown: bo
         )
         plain, _, fixed = zip(*ranks)
         good &= all(
-            all(row["same"]) and row["shard"] == reference["shard"] and row["bytes"] == reference["bytes"]
+            all(row["same"])
+            and row["shard"] == reference["shard"]
+            and row["bytes"] == reference["bytes"]
             for row, reference in zip(fixed, plain)
         )
-        labels = ("plain LM", "tower, native fix" if native else "tower, unpatched", "tower, patched")
+        labels = (
+            "plain LM",
+            "tower, native fix" if native else "tower, unpatched",
+            "tower, patched",
+        )
         for label, row in zip(labels, ranks[0]):
             marks = ("yes" if same else "NO" for same in row["same"])
             table.append(
-                (name, label, *(str(row[key] or "-") for key in ("shard", "logits", "bytes")), *marks)
+                (
+                    name,
+                    label,
+                    *(str(row[key] or "-") for key in ("shard", "logits", "bytes")),
+                    *marks,
+                )
             )
             if row["error"]:
                 notes.append(f"{name}, {label}: {row['error']}")
     if shown:
         widths = [max(map(len, column)) for column in zip(*table)]
         print(f"megatron-core {found.version} at {found.path}, TP {tp}, SP on, s = {8 * tp}, b = 2")
-        print("decoder input [s/tp, b, h] and the bytes it keeps for backward; logits [b, s, v/tp];")
+        print(
+            "decoder input [s/tp, b, h] and the bytes it keeps for backward; logits [b, s, v/tp];"
+        )
         print("logits, loss and grads: bitwise those of the plain LM?\n")
-        for row in table:
-            print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+        for line in table:
+            print("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
         print("", *notes, sep="\n  ")
         verdict = "every patched row holds" if good else "A PATCHED ROW DOES NOT HOLD"
         print(f"\n{verdict}, on every rank")

@@ -8,9 +8,10 @@ the tower embeds its own tokens instead, nobody shards. These functions do, at t
 model embeds tokens for its decoder. Called by anyone else, the embedding still returns full length.
 """
 
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any, Callable, Iterator, Optional
+from typing import Any, Optional
 
 import torch
 from torch import Tensor
@@ -66,7 +67,8 @@ def embed_for_decoder(
     """
     embedding = model.embedding
     if not needs_shard(model, embedding):
-        return embedding(input_ids=input_ids, position_ids=position_ids)
+        full: Tensor = embedding(input_ids=input_ids, position_ids=position_ids)
+        return full
     group = _tp_group(model, embedding)
     shard = _embed(embedding, group, input_ids=input_ids, position_ids=position_ids)
     if (
@@ -121,14 +123,15 @@ def shard_padding_mask(model: Any, padding_mask: Tensor, input_ids: Tensor) -> T
         return padding_mask
     if padding_mask.shape != input_ids.shape:
         raise ValueError(
-            f"padding_mask has shape {tuple(padding_mask.shape)}; input_ids {tuple(input_ids.shape)}"
-            f" with tensor parallel size {group.size()} take a mask of the same shape"
+            f"padding_mask has shape {tuple(padding_mask.shape)}, which does not match "
+            f"input_ids of shape {tuple(input_ids.shape)} at tensor parallel size {group.size()}"
         )
-    return padding_mask.chunk(group.size(), dim=1)[group.rank()].contiguous()
+    mine: Tensor = padding_mask.chunk(group.size(), dim=1)[group.rank()]
+    return mine.contiguous()
 
 
-def _tp_group(owner: Any, embedding: Any) -> torch.distributed.ProcessGroup:
-    """The group over which the embedding's vocabulary is split: its own, its owner's, the global."""
+def _tp_group(owner: Any, embedding: Any) -> Any:
+    """The group that splits the embedding's vocabulary: its own, its owner's or the global one."""
     for holder, name in (
         (embedding, "tp_group"),
         (getattr(owner, "pg_collection", None), "tp"),
@@ -142,7 +145,7 @@ def _tp_group(owner: Any, embedding: Any) -> torch.distributed.ProcessGroup:
 
 def _embed(
     embedding: Callable[..., Tensor],
-    group: torch.distributed.ProcessGroup,
+    group: Any,
     *,
     input_ids: Tensor,
     position_ids: Optional[Tensor],
@@ -176,7 +179,7 @@ def _embed(
     return output
 
 
-def _is_stock(module: Any, cls: type) -> bool:
+def _is_stock(module: Any, cls: type[torch.nn.Module]) -> bool:
     """Whether calling the module runs the forward of ``cls``, and nothing sees what that returns.
 
     The type is read, not ``isinstance``: a proxy may answer for the class that it forwards to.
@@ -205,7 +208,8 @@ def _embed_scattered(
             words = stack.enter_context(_altered(words, reduce_scatter_embeddings=True))
             changes["_modules"] = {**embedding._modules, "word_embeddings": words}
         scattering = stack.enter_context(_altered(embedding, **changes))
-        return scattering(input_ids=input_ids, position_ids=position_ids)
+        output: Tensor = scattering(input_ids=input_ids, position_ids=position_ids)
+    return output
 
 
 @contextmanager

@@ -6,9 +6,12 @@ Built from megatron-core's local layers, so that they run on CPU ranks without T
 
 import dataclasses
 import inspect
+import itertools
 from typing import Any, Optional
 
 import torch
+from torch import Tensor
+
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
@@ -20,9 +23,19 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
-from torch import Tensor
 
-__all__ = ["KINDS", "Norm", "batch", "build", "differences", "forward", "has", "pair", "parameters", "step"]
+__all__ = [
+    "KINDS",
+    "Norm",
+    "batch",
+    "build",
+    "differences",
+    "forward",
+    "has",
+    "pair",
+    "parameters",
+    "step",
+]
 
 KINDS = ("gpt", "hybrid", "mtp")
 VOCAB = 64
@@ -31,7 +44,9 @@ VOCAB = 64
 class Norm(torch.nn.LayerNorm):
     """A layer norm for the local layers: torch's, with the mark that SP needs on its weights."""
 
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+    def __init__(
+        self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any
+    ) -> None:
         super().__init__(hidden_size, eps, dtype=config.params_dtype)
         for parameter in self.parameters():
             parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
@@ -77,7 +92,7 @@ class Attention(torch.nn.Module):
                 torch.nn.functional.scaled_dot_product_attention(
                     q[:, :, a:b], k[:, :, a:b], v[:, :, a:b], is_causal=True
                 )
-                for a, b in zip(bounds, bounds[1:])
+                for a, b in itertools.pairwise(bounds)
             ],
             2,
         )
@@ -143,7 +158,7 @@ def build(
         "ffn_hidden_size": 16 * heads,
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
-        "use_cpu_initialization": not torch.cuda.is_initialized(),
+        "use_cpu_initialization": torch.distributed.get_backend() == "gloo",
         "masked_softmax_fusion": False,
         "pipeline_dtype": torch.float32,
         **fields,
@@ -202,7 +217,7 @@ def build(
 
 
 def pair(kind: str, **options: Any) -> tuple[Any, Any]:
-    """Build a plain LM and a tower with the same weights; the options are those of :func:`build`."""
+    """Build a plain LM and a tower with the same weights; options as those of :func:`build`."""
     torch.manual_seed(1)
     plain, tower = (build(kind, scatter, **options) for scatter in (True, False))
     tower.load_state_dict(plain.state_dict())
@@ -223,7 +238,7 @@ def batch(length: int = 16, size: int = 2, seed: int = 0) -> dict[str, Tensor]:
 
 
 def forward(model: Any, data: dict[str, Tensor], **more: Any) -> Any:
-    """Run the model; with ``labels`` in the data it returns the loss ``[b, s]``, else the logits."""
+    """Run the model: the loss ``[b, s]`` if there are ``labels`` in the data, else the logits."""
     length = data["input_ids"].shape[1]
     mask = torch.ones(length, length, dtype=torch.bool, device=data["input_ids"].device).triu(1)
     return model(**{"attention_mask": mask[None, None], **data, **more})
@@ -248,8 +263,8 @@ def step(
 
     Returns:
         dict: ``logits 0`` ``[s, b, vocab / tp]`` (and ``logits 1`` on, those of MTP), ``loss``
-        ``[b, s]``, ``shard`` ``[s / tp, b, h]`` as the decoder gets it, sharing its storage, and under
-        ``grad NAME`` the gradient of every parameter.
+        ``[b, s]``, ``shard`` ``[s / tp, b, h]`` as the decoder gets it, sharing its storage, and
+        under ``grad NAME`` the gradient of every parameter.
     """
     out = {} if out is None else out
 
@@ -283,7 +298,9 @@ def differences(expected: dict[str, Tensor], actual: dict[str, Tensor]) -> list[
     return [
         name
         for name in expected.keys() | actual.keys()
-        if name not in actual or name not in expected or not torch.equal(expected[name], actual[name])
+        if name not in actual
+        or name not in expected
+        or not torch.equal(expected[name], actual[name])
     ]
 
 
@@ -292,7 +309,7 @@ def seeded(seed: int) -> None:
     from megatron.core import tensor_parallel
 
     torch.manual_seed(seed)
-    if torch.cuda.is_initialized():
+    if torch.distributed.get_backend() == "nccl":
         tensor_parallel.model_parallel_cuda_manual_seed(seed)
 
 
@@ -381,8 +398,6 @@ def _normed(spec: Any, attention: type) -> Any:
             )
         return dataclasses.replace(spec, **changes)
     return spec
-
-
 
 
 def parameters(kind: str) -> set[str]:

@@ -33,7 +33,7 @@ class Ranks:
     def __init__(self, size: int) -> None:
         cpu = os.environ.get("CUDA_VISIBLE_DEVICES") == "" or not os.path.exists("/dev/nvidia0")
         # One import of torch and megatron-core, then a fork a rank; CUDA does not survive a fork.
-        context = multiprocessing.get_context("forkserver" if cpu else "spawn")
+        context: Any = multiprocessing.get_context("forkserver" if cpu else "spawn")
         if cpu:
             context.set_forkserver_preload([f"{__package__}.models"])
         os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -178,6 +178,7 @@ def setup(
         vpp: virtual pipeline stages a rank.
     """
     import torch
+
     from megatron.core import parallel_state, tensor_parallel
 
     gpu = torch.cuda.device_count() >= ranks
@@ -207,6 +208,7 @@ def setup(
 def teardown() -> None:
     """Undo :func:`setup`'s process groups, if there are any."""
     import torch
+
     from megatron.core import parallel_state
 
     if torch.distributed.is_initialized():

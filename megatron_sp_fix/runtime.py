@@ -43,6 +43,8 @@ class _Patch:
 
 
 _patches: dict[str, _Patch] = {}
+_blocks = 0  # how many `applied` blocks are open, in any thread
+_undo = False  # whether the first of them applied
 
 
 @dataclass(frozen=True)
@@ -173,17 +175,24 @@ def remove() -> tuple[str, ...]:
 
 @contextmanager
 def applied() -> Iterator[None]:
-    """Apply for the length of a ``with`` block; inside an outer application, change nothing.
+    """Apply for the length of a ``with`` block; if it was applied before, it stays so after.
 
     Raises:
         UnsupportedMegatronError: as :func:`apply`.
     """
-    changed = apply()
+    global _blocks, _undo
+    with _lock:
+        changed = apply()
+        if _blocks == 0:
+            _undo = bool(changed)
+        _blocks += 1
     try:
         yield
     finally:
-        if changed:
-            remove()
+        with _lock:
+            _blocks -= 1
+            if _blocks == 0 and _undo:
+                remove()
 
 
 def status() -> Status:
@@ -202,15 +211,16 @@ def status() -> Status:
         owner = getattr(sys.modules.get(site.module), site.cls, None)
         current = owner.__dict__.get(site.method) if owner else None
         ours = bool(patch and patch.active)
-        by = [_author(current)] if current is not None and _is_foreign(current, site.module) else []
+        author = _author(current) if current is not None else site.module
+        by = [] if author in (site.module, __name__) else [author]
         if ours:
-            by.append(__package__)
+            by.append("megatron_sp_fix")
         sites.append(SiteStatus(site.name, match.form, ours or match.form == "source", tuple(by)))
     return Status(".".join(map(str, version(root))), str(root), tuple(sites))
 
 
 def _supported(root: Path) -> list[Found]:
-    """Find the call sites of a supported release; warn of a newer one whose sites are recognized."""
+    """Find the call sites of a supported release; warn of a newer one that is recognized."""
     release = version(root)
     if release[:2] < OLDEST:
         raise UnsupportedMegatronError(
@@ -265,7 +275,11 @@ def _replacement(patch: _Patch, match: Found) -> Callable[..., Any]:
             ):
                 return original(self, *args, **kwargs)
             call = dict(zip(names, args))
-            if len(args) > len(names) or call.keys() & kwargs.keys() or "input_ids" not in call | kwargs:
+            if (
+                len(args) > len(names)
+                or call.keys() & kwargs.keys()
+                or "input_ids" not in call | kwargs
+            ):
                 return original(self, *args, **kwargs)  # to raise its own TypeError
             call |= kwargs
             if call.get("padding_mask") is not None:
@@ -273,29 +287,14 @@ def _replacement(patch: _Patch, match: Found) -> Callable[..., Any]:
                     self, call["padding_mask"], call["input_ids"]
                 )
             call["decoder_input"] = embed_for_decoder(
-                self,
-                call["input_ids"],
-                call.get("position_ids"),
-                # Up to 0.14 some callers still use the parameter's old name.
-                call.get("inference_context") or call.get("inference_params"),
+                self, call["input_ids"], call.get("position_ids"), call.get("inference_context")
             )
             return original(self, **call)
 
     return replacement
 
 
-def _is_foreign(function: Any, module: str) -> bool:
-    """Whether a method was put there by code from outside the module that defines its class."""
-    code = getattr(function, "__code__", None)
-    return code is None or code.co_filename not in (
-        __file__,
-        getattr(sys.modules[module], "__file__", None),
-    )
-
-
 def _author(function: Any) -> str:
     """Name the code that a function comes from, even where `functools.wraps` renamed it."""
     names = getattr(function, "__globals__", None) or {}
     return str(names.get("__name__") or getattr(function, "__module__", None) or repr(function))
-
-

@@ -10,7 +10,7 @@ import importlib.util
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Optional, Union
+from typing import Optional, TypeGuard
 
 __all__ = [
     "OLDEST",
@@ -26,8 +26,6 @@ __all__ = [
 
 #: The releases this package is tested with, both included.
 OLDEST, NEWEST = (0, 12), (0, 19)
-
-_Statement = Union[ast.Assign, ast.If]
 
 
 class UnsupportedMegatronError(RuntimeError):
@@ -72,7 +70,9 @@ _MTP = "megatron.core.transformer.multi_token_prediction"
 SITES = (
     Site("GPT decoder", _GPT, "GPTModel", "forward"),  # 0.12
     Site("GPT decoder", _GPT, "GPTModel", "_preprocess"),  # 0.13 on
-    Site("hybrid decoder", "megatron.core.models.mamba.mamba_model", "MambaModel", "forward"),  # -0.17
+    Site(
+        "hybrid decoder", "megatron.core.models.mamba.mamba_model", "MambaModel", "forward"
+    ),  # -0.17
     Site("hybrid decoder", "megatron.core.models.hybrid.hybrid_model", "HybridModel", "forward"),
     Site("MTP", _MTP, "MultiTokenPredictionBlock", "forward", "embedding"),  # 0.12 and 0.13
     Site("MTP", _MTP, "MultiTokenPredictionLayer", "_get_embeddings", "embedding"),  # 0.14 on
@@ -131,9 +131,7 @@ def find(root: Path) -> list[Found]:
     for role in dict.fromkeys(site.role for site in SITES):
         sites = [site for site in SITES if site.role == role]
         methods = {site: _method(trees.get(site.path, {}).get(site.cls), site) for site in sites}
-        matches = [
-            match for site, node in methods.items() if node and (match := _read(site, node))
-        ]
+        matches = [match for site, node in methods.items() if node and (match := _read(site, node))]
         if len(matches) == 1:
             found += matches
         elif matches or any(methods.values()) or not all(site.optional for site in sites):
@@ -188,7 +186,7 @@ def _blocks(node: ast.AST) -> list[list[ast.stmt]]:
 
 
 def _embeds(statement: ast.stmt, site: Site) -> Optional[str]:
-    """``"none"`` or ``"source"`` if the statement is the site's, with or without the source patch."""
+    """``"none"`` or ``"source"``, without or with the source patch, if this is the statement."""
     if not (
         isinstance(statement, ast.Assign)
         and ast.unparse(statement.targets[0]) == "decoder_input"
@@ -205,7 +203,7 @@ def _embeds(statement: ast.stmt, site: Site) -> Optional[str]:
     return None
 
 
-def _is_scatter(statement: ast.stmt) -> bool:
+def _is_scatter(statement: ast.AST) -> TypeGuard[ast.If]:
     return (
         isinstance(statement, ast.If)
         and "scatter_to_sequence_parallel" in ast.unparse(statement.test)
@@ -213,7 +211,7 @@ def _is_scatter(statement: ast.stmt) -> bool:
     )
 
 
-def _is_mask(node: ast.AST) -> bool:
+def _is_mask(node: ast.AST) -> TypeGuard[ast.Assign]:
     return (
         isinstance(node, ast.Assign)
         and ast.unparse(node.targets[0]) == "padding_mask"
@@ -248,7 +246,9 @@ def version(root: Path) -> tuple[int, ...]:
     if not path.is_file():
         raise UnsupportedMegatronError(f"no megatron-core source tree at {root}: no {path}")
     text = path.read_text(encoding="utf-8")
-    numbers = [re.search(rf"^{part}\s*=\s*(\d+)", text, re.M) for part in ("MAJOR", "MINOR", "PATCH")]
+    numbers = [
+        re.search(rf"^{part}\s*=\s*(\d+)", text, re.M) for part in ("MAJOR", "MINOR", "PATCH")
+    ]
     if None in numbers:
         raise UnsupportedMegatronError(f"{path} does not state MAJOR, MINOR and PATCH")
     return tuple(int(number[1]) for number in numbers if number)

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the distributed tests share: the fix, switched by --unpatched, and embeddings of all sorts."""
+"""What the distributed tests share: the fix, off under --unpatched, and all sorts of embeddings."""
 
 import contextlib
 import os
 
 import torch
-from megatron.core import parallel_state, tensor_parallel
-from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 
 import megatron_sp_fix
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron_sp_fix import models
 
 
