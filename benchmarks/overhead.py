@@ -19,9 +19,8 @@ ROUNDS, CALLS = 21, 20_000
 
 def measure() -> dict[str, float]:
     """Time the patched method against the bare one, interleaved; medians of the differences."""
-    from megatron.core.models.gpt import GPTModel
-
     import megatron_sp_fix
+    from megatron.core.models.gpt import GPTModel
     from megatron_sp_fix import models
 
     plain, tower = models.pair("gpt")

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Optional
 
 from . import UnsupportedMegatronError, __version__, status
@@ -56,6 +57,21 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     command.add_argument("--tp", type=int, default=2, metavar="N", help="TP size (default: 2)")
     command.set_defaults(run=_demo)
 
+    command = commands.add_parser(
+        "diff",
+        help="print the fix as a patch of a megatron-core source tree",
+        description="Print a unified diff that puts the fix into a megatron-core source tree: an "
+        "installed package, an unpacked wheel or a Megatron-LM checkout. Writes nothing there.",
+        epilog="example: megatron-sp-fix diff --root Megatron-LM | git -C Megatron-LM apply",
+    )
+    command.add_argument(
+        "--root", type=Path, metavar="PATH", help="the folder that holds megatron/core"
+    )
+    command.add_argument(
+        "--format", choices=("plain", "mail"), default="plain", help="mail is for git am"
+    )
+    command.set_defaults(run=_diff)
+
     arguments = parser.parse_args(argv)
     try:
         result: int = arguments.run(arguments)
@@ -79,6 +95,19 @@ def _status(arguments: argparse.Namespace) -> int:
         by = f" (by {', '.join(site.by)})" if site.by else ""
         patched = "patched" if site.patched else "not patched"
         print(f"  {site.name.ljust(width)}  by itself: {_NATIVE[site.native]}; {patched}{by}")
+    return 0
+
+
+def _diff(arguments: argparse.Namespace) -> int:
+    from .sites import installed_root
+    from .source import diff, mail
+
+    root = arguments.root or installed_root()
+    text = mail(root) if arguments.format == "mail" else diff(root)
+    if not text:
+        print(f"megatron-sp-fix: {root} carries the fix already", file=sys.stderr)
+    # As bytes: a text stream would change the line ends of a file that has \r\n.
+    sys.stdout.buffer.write(text.encode("utf-8"))
     return 0
 
 

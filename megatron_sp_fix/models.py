@@ -102,11 +102,17 @@ class Attention(torch.nn.Module):
 
 def has(kind: str) -> bool:
     """Whether the installed release can build this kind of model without Transformer Engine."""
-    if kind != "hybrid":
-        return True
     try:
-        _hybrid()
-    except ImportError:
+        if kind == "hybrid":
+            _hybrid()
+        elif kind == "mtp":
+            # What every MTP layer asks of its projection, after 0.19: a TypeError without it.
+            from megatron.core.tensor_parallel import inference_layers
+
+            inference_layers.is_inference_column_parallel_linear(None)
+    except (ImportError, AttributeError):
+        return kind != "hybrid"
+    except TypeError:
         return False
     return True
 

@@ -99,6 +99,7 @@ class Found:
         call: the statement ``decoder_input = ...embedding(...)``.
         scatter: the native scatter, if there is one.
         mask: the statement that shards the padding mask, if there is one.
+        takes_mask: whether the method has a parameter ``padding_mask``.
     """
 
     site: Site
@@ -107,6 +108,7 @@ class Found:
     call: ast.Assign
     scatter: Optional[ast.If] = None
     mask: Optional[ast.Assign] = None
+    takes_mask: bool = False
 
 
 def find(root: Path) -> list[Found]:
@@ -170,6 +172,10 @@ def _read(site: Site, method: ast.FunctionDef) -> Optional[Found]:
                     statement,
                     scatter,
                     masks[0] if masks else None,
+                    any(
+                        a.arg == "padding_mask"
+                        for a in (*method.args.args, *method.args.kwonlyargs)
+                    ),
                 )
             )
     return matches[0] if len(matches) == 1 else None

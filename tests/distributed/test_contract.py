@@ -208,7 +208,9 @@ def test_rule_4_one_collective(run):
 
 
 def snapshot(model):
-    return {name: dict(module.__dict__) for name, module in model.named_modules()}
+    """Attributes of the embedding's modules; the decoder's own change as it runs."""
+    modules = model.named_modules()
+    return {name: dict(module.__dict__) for name, module in modules if "embedding" in name}
 
 
 def unseen(kind):
@@ -247,9 +249,7 @@ def unseen(kind):
     assert before.keys() == after.keys()
     for name, attributes in before.items():
         assert attributes.keys() == after[name].keys()
-        changed = [key for key in attributes if attributes[key] is not after[name][key]]
-        # MTP and the decoder keep state of their own.
-        assert not changed or not name.startswith("embedding"), (name, changed)
+        assert all(value is after[name][key] for key, value in attributes.items()), name
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -413,6 +413,7 @@ def every_depth():
         check_shard(shard, LENGTH)
 
 
+@pytest.mark.skipif("mtp" not in KINDS, reason="this release needs Transformer Engine for MTP")
 def test_rule_9_mtp_every_depth_once(run):
     run(every_depth, tp=2)
 
@@ -450,6 +451,7 @@ def single_step(sharding):
     not hasattr(MultiTokenPredictionLayer, "forward_single_position"),
     reason="no speculative step before 0.17",
 )
+@pytest.mark.skipif("mtp" not in KINDS, reason="this release needs Transformer Engine for MTP")
 @pytest.mark.parametrize("sharding", [False, True])
 @pytest.mark.parametrize("tp", TP)
 def test_rule_9_mtp_single_step(run, tp, sharding):

@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""A language model built with scatter_embedding_sequence_parallel=False, run by itself."""
+
+import pytest
+import torch
+from tests.unit_tests.test_utilities import Utils
+
+from megatron.core import parallel_state
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_mtp_block_spec,
+)
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionLayer
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+SEQ, BATCH, HIDDEN, VOCAB, TP = 16, 2, 32, 64, 2
+
+
+def _build(scatter, position="rope", mtp=False):
+    config = TransformerConfig(
+        num_layers=1,
+        hidden_size=HIDDEN,
+        num_attention_heads=4,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        masked_softmax_fusion=False,
+        use_cpu_initialization=True,
+        tensor_model_parallel_size=TP,
+        sequence_parallel=True,
+        mtp_num_layers=1 if mtp else None,
+        mtp_loss_scaling_factor=0.1,
+    )
+    # Local layers without norms: they need neither Transformer Engine nor Apex.
+    layer = get_gpt_layer_local_spec()
+    layer.submodules.input_layernorm = IdentityOp
+    layer.submodules.pre_mlp_layernorm = IdentityOp
+    block = None
+    if mtp:
+        block = get_gpt_mtp_block_spec(config, layer, use_transformer_engine=False)
+        for name in ("enorm", "hnorm", "layer_norm"):
+            setattr(block.layer_specs[0].submodules, name, IdentityOp)
+    model = GPTModel(
+        config,
+        transformer_layer_spec=TransformerBlockSubmodules(layer_specs=[layer], layer_norm=None),
+        vocab_size=VOCAB,
+        max_sequence_length=SEQ,
+        position_embedding_type=position,
+        scatter_embedding_sequence_parallel=scatter,
+        mtp_block_spec=block,
+    )
+    return model.cuda()
+
+
+def _pair(**options):
+    plain, tower = _build(True, **options), _build(False, **options)
+    tower.load_state_dict(plain.state_dict())
+    return plain, tower
+
+
+def _batch():
+    ids = torch.randint(VOCAB, (BATCH, SEQ + 1), generator=torch.Generator().manual_seed(1)).cuda()
+    return {
+        "input_ids": ids[:, :-1].contiguous(),
+        "position_ids": torch.arange(SEQ).expand(BATCH, SEQ).contiguous().cuda(),
+        "attention_mask": torch.ones(1, 1, SEQ, SEQ, dtype=torch.bool).triu(1).cuda(),
+        "labels": ids[:, 1:].contiguous(),
+    }
+
+
+def _step(model):
+    """Run one training step; return the loss, the gradients and what the decoder was given."""
+    seen = []
+    hook = model.decoder.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(kwargs["hidden_states"]), with_kwargs=True
+    )
+    loss = model(**_batch())
+    hook.remove()
+    loss.mean().backward()
+    return loss.detach(), [parameter.grad for parameter in model.parameters()], seen[0]
+
+
+def _check(plain, tower):
+    (loss, grads, shard), (tower_loss, tower_grads, tower_shard) = _step(plain), _step(tower)
+    assert torch.equal(loss, tower_loss)
+    for grad, tower_grad in zip(grads, tower_grads):
+        assert (grad is None and tower_grad is None) or torch.equal(grad, tower_grad)
+    assert torch.equal(shard, tower_shard)
+    assert tower_shard.shape == (SEQ // TP, BATCH, HIDDEN)
+    # Nothing but the shard is kept for backward.
+    assert tower_shard.untyped_storage().nbytes() == shard.numel() * shard.element_size()
+
+
+@pytest.mark.skipif(Utils.world_size < TP, reason="needs two ranks")
+class TestStandaloneTower:
+    def setup_method(self, method):
+        Utils.initialize_model_parallel(tensor_model_parallel_size=TP)
+        model_parallel_cuda_manual_seed(123)
+
+    def teardown_method(self, method):
+        Utils.destroy_model_parallel()
+
+    @pytest.mark.parametrize("position", ["rope", "learned_absolute", "none"])
+    def test_same_as_plain_lm(self, position):
+        _check(*_pair(position=position))
+
+    def test_mtp_same_as_plain_lm(self):
+        _check(*_pair(mtp=True))
+
+    def test_embedding_that_shards_is_not_sharded_again(self):
+        plain, tower = _pair()
+        full_length = tower.embedding
+
+        def embed(input_ids, position_ids):
+            rank = parallel_state.get_tensor_model_parallel_rank()
+            return full_length(input_ids, position_ids).chunk(TP)[rank]
+
+        tower.__dict__["embedding"] = embed
+        batch = _batch()
+        for name in ("labels", "attention_mask"):
+            batch.pop(name)
+        shard, expected = (model._preprocess(**batch)[0] for model in (tower, plain))
+        assert torch.equal(shard, expected)
+
+    def test_outer_model_gets_full_length(self):
+        _, tower = _pair()
+        batch = _batch()
+        for _ in range(2):
+            full = tower.embedding(input_ids=batch["input_ids"], position_ids=batch["position_ids"])
+            assert full.shape[0] == SEQ
+            tower(**batch)
+
+    def test_indivisible_length(self):
+        _, tower = _pair()
+        batch = {name: value[..., : SEQ - 1] for name, value in _batch().items()}
+        with pytest.raises(ValueError, match="not divisible by the tensor parallel size"):
+            tower(**batch)
+
+    @pytest.mark.skipif(
+        not hasattr(MultiTokenPredictionLayer, "forward_single_position"),
+        reason="no speculative step",
+    )
+    def test_mtp_speculative_step(self):
+        plain, tower = _pair(mtp=True)
+        batch = _batch()
+        hidden = torch.randn(SEQ // TP, BATCH, HIDDEN).cuda()
+        expected, actual = (
+            model.mtp.layers[0].forward_single_position(
+                hidden_states=hidden,
+                next_token_ids=batch["input_ids"],
+                position_ids=batch["position_ids"],
+                embedding=model.embedding,
+                attention_mask=batch["attention_mask"],
+            )
+            for model in (plain, tower)
+        )
+        assert torch.equal(expected, actual)
