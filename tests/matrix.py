@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 import xml.etree.ElementTree as xml
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -151,24 +152,21 @@ def measure(tree: Path) -> dict:
     return json.loads(must(*command, cwd=ROOT, env=environment(tree)).splitlines()[-1])
 
 
-def row(name: str, tree: Path, forms: tuple[str, ...], workers: str) -> tuple[list[str], bool]:
-    cells, good, fingerprints = [], True, []
-    for form in FORMS:
-        if form not in forms:
-            cells.append("not run")
-            continue
-        place = tree if form == "runtime" else patch(tree)
-        passed, failed, skipped = suite(place, workers)
-        measured = measure(place)
-        fingerprints.append(measured["bits"])
-        if form == "runtime":
-            alone = measured["alone"]
-        good &= not failed and passed > 0
-        cells.append(f"{passed} passed, {failed} failed, {skipped} n/a")
-    same = all(one == fingerprints[0] for one in fingerprints)
-    alone = alone if "runtime" in forms else measure(tree)["alone"]
-    own = [alone[key] for key in ("gpt", "hybrid", "mtp", "single")]
-    return [name, *own, *cells, "yes" if same else "NO"], good and same
+def run_form(tree: Path, form: str, workers: str) -> tuple[tuple[int, int, int], dict]:
+    place = tree if form == "runtime" else patch(tree)
+    return suite(place, workers), measure(place)
+
+
+def row(name: str, tree: Path, workers: str) -> tuple[list[str], bool]:
+    """Run both forms of a release side by side: two pools of ranks keep two cores busy."""
+    with ThreadPoolExecutor(len(FORMS)) as threads:
+        results = list(threads.map(lambda form: run_form(tree, form, workers), FORMS))
+    (_, runtime), (_, source) = results
+    good = all(passed > 0 and not failed for (passed, failed, _), _ in results)
+    same = runtime["bits"] == source["bits"]
+    cells = [runtime["alone"][key] for key in ("gpt", "hybrid", "mtp", "single")]
+    cells += [f"{passed} passed, {failed} failed, {na} n/a" for (passed, failed, na), _ in results]
+    return [name, *cells, "yes" if same else "NO"], good and same
 
 
 HEADER = (
@@ -195,7 +193,8 @@ gradients are bitwise the same in both forms.
 
 {chr(10).join(lines)}
 
-{commit}Python {sys.version.split()[0]}, torch {torch.__version__}, gloo on CPU ranks, TP 2 and 4; {seconds / 60:.0f} minutes.
+{commit}Python {sys.version.split()[0]}, torch {torch.__version__}, gloo on CPU ranks,
+TP 2 and 4; {seconds / 60:.0f} minutes.
 
 Digest of {", ".join(WATCHED)}: `{digest()}`
 """
@@ -205,8 +204,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--releases", nargs="+", default=RELEASES, metavar="X.Y.Z")
     parser.add_argument("--main", type=Path, metavar="PATH", help="a checkout of Megatron-LM too")
-    parser.add_argument("--forms", nargs="+", choices=FORMS, default=FORMS)
-    parser.add_argument("--workers", default="auto", help="of pytest-xdist (default: auto)")
+    parser.add_argument("--workers", default="0", help="of pytest-xdist, for each form")
     parser.add_argument("--write", action="store_true", help=f"write {PAGE.relative_to(ROOT)}")
     parser.add_argument("--due", action="store_true", help="all releases if the fix has changed")
     parser.add_argument("--probe", action="store_true", help=argparse.SUPPRESS)
@@ -227,7 +225,7 @@ def main() -> int:
         trees.append(("main", arguments.main))
         commit = f"main is Megatron-LM commit `{commit}`. "
     for name, tree in trees:
-        cells, fine = row(name, tree, tuple(arguments.forms), arguments.workers)
+        cells, fine = row(name, tree, arguments.workers)
         rows.append(cells)
         good &= fine
         print(f"[{time.monotonic() - started:5.0f} s] " + " | ".join(cells), flush=True)
