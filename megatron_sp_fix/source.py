@@ -91,11 +91,12 @@ def mail(root: Path) -> str:
     patch = diff(root)
     if not patch:
         return ""
-    who = email.utils.formataddr((_configured(root, "user.name"), _configured(root, "user.email")))
+    name, address = _configured(root, "user.name"), _configured(root, "user.email")
     return (
-        f"From {'0' * 40} Mon Sep 17 00:00:00 2001\nFrom: {who}\n"
+        f"From {'0' * 40} Mon Sep 17 00:00:00 2001\n"
+        f"From: {email.utils.formataddr((name, address))}\n"
         f"Date: {email.utils.formatdate(localtime=True)}\nSubject: [PATCH] {_SUBJECT}\n\n"
-        f"{_BODY}\nSigned-off-by: {who}\n---\n\n{patch}-- \nmegatron-sp-fix\n"
+        f"{_BODY}\nSigned-off-by: {name} <{address}>\n---\n\n{patch}-- \nmegatron-sp-fix\n"
     )
 
 
