@@ -3,6 +3,7 @@
 
 import argparse
 import dataclasses
+import importlib
 import json
 import sys
 from collections.abc import Sequence
@@ -58,6 +59,16 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     command.set_defaults(run=_demo)
 
     command = commands.add_parser(
+        "audit",
+        help="list the towers in a model of yours, covered or not",
+        description="Call a function that builds a model, and list its language models: whether "
+        "each is a tower, whether the fix covers it, and why.",
+        epilog="example: megatron-sp-fix audit my_job.models:build",
+    )
+    command.add_argument("factory", metavar="MODULE:FACTORY", help="a function of no arguments")
+    command.set_defaults(run=_audit)
+
+    command = commands.add_parser(
         "diff",
         help="print the fix as a patch of a megatron-core source tree",
         description="Print a unified diff that puts the fix into a megatron-core source tree: an "
@@ -96,6 +107,27 @@ def _status(arguments: argparse.Namespace) -> int:
         patched = "patched" if site.patched else "not patched"
         print(f"  {site.name.ljust(width)}  by itself: {_NATIVE[site.native]}; {patched}{by}")
     return 0
+
+
+def _audit(arguments: argparse.Namespace) -> int:
+    from . import apply, audit
+
+    module, _, factory = arguments.factory.partition(":")
+    if not factory:
+        raise ValueError(f"{arguments.factory!r} is not MODULE:FACTORY")
+    sys.path.insert(0, "")
+    try:
+        build = getattr(importlib.import_module(module), factory)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"{arguments.factory}: {error}") from error
+    apply()
+    towers = audit(build())
+    for tower in towers:
+        mark = "covered" if tower.covered else "NOT COVERED"
+        embedding = tower.embedding or "no embedding"
+        print(f"{tower.name or '(model)'}: {tower.cls}, {embedding}, {tower.kind}")
+        print(f"  {mark}: {tower.reason}")
+    return 0 if all(tower.covered for tower in towers) else 1
 
 
 def _diff(arguments: argparse.Namespace) -> int:

@@ -3,17 +3,29 @@
 
 import functools
 import importlib
+import inspect
 import logging
 import sys
+import textwrap
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
-from .sites import NEWEST, OLDEST, Found, UnsupportedMegatronError, find, installed_root, version
+from .sites import (
+    NEWEST,
+    OLDEST,
+    Found,
+    Site,
+    UnsupportedMegatronError,
+    find,
+    find_in,
+    installed_root,
+    version,
+)
 
 __all__ = ["SiteStatus", "Status", "applied", "apply", "remove", "status"]
 
@@ -80,7 +92,7 @@ class Status:
     sites: tuple[SiteStatus, ...]
 
 
-def apply() -> tuple[str, ...]:
+def apply(*, also: Iterable[type] = ()) -> tuple[str, ...]:
     """Make every standalone forward of a language tower run on shards under sequence parallelism.
 
     Replaces the methods that embed tokens for a decoder: ``GPTModel._preprocess`` and its siblings
@@ -88,52 +100,59 @@ def apply() -> tuple[str, ...]:
     their embeddings are not touched. Where megatron-core was patched from source already, nothing
     is replaced. Every rank must call it.
 
+    Args:
+        also: classes that embed by a ``_preprocess`` or ``forward`` of their own, without calling
+            the original: see :func:`audit`.
+
     Returns:
         tuple[str, ...]: the methods replaced by this call, as ``module.Class.method``; empty when
         all were replaced before.
 
     Raises:
         UnsupportedMegatronError: megatron-core is missing, older than 0.12, or has call sites that
-            are not recognized. Nothing has been replaced then.
+            are not recognized; or a class of `also` embeds in a way that passing a shard in would
+            skip. Nothing has been replaced then.
     """
     with _lock:
         root = installed_root()
-        found = _supported(root)
         pending: list[tuple[str, _Patch]] = []
         notes: list[str] = []
-        for match in found:
+        targets: list[tuple[Found, Optional[type]]] = [(m, None) for m in _supported(root)]
+        targets += [(_own_site(cls), cls) for cls in also]
+        for match, owner in targets:
             site = match.site
             if match.form == "source":
                 notes.append(f"{site.name} is patched in its source")
                 continue
             try:
-                owner = getattr(importlib.import_module(site.module), site.cls)
+                owner = owner or getattr(importlib.import_module(site.module), site.cls)
             except ImportError as error:
                 # As 0.12 without Transformer Engine: nobody can use that model here.
                 notes.append(f"{site.name} cannot be imported ({error})")
                 continue
+            key = f"{site.module}.{site.name}"
             current = owner.__dict__[site.method]
-            known = _patches.get(site.name)
+            known = _patches.get(key)
             if known and known.owner is owner:
                 if known.active:
                     if current is not known.replacement:
                         notes.append(f"{site.name} carries a later patch by {_author(current)}")
                     continue
                 if current in (known.replacement, known.covered_by):
-                    pending.append((site.name, known))
+                    pending.append((key, known))
                     continue
             patch = _Patch(owner, site.method, current)
             patch.replacement = _replacement(patch, match)
-            pending.append((site.name, patch))
+            pending.append((key, patch))
 
         for name, patch in pending:
             _patches[name] = patch
             patch.active = True
             if patch.owner.__dict__[patch.method] is patch.original:
                 setattr(patch.owner, patch.method, patch.replacement)
-        names = tuple(f"{patch.owner.__module__}.{name}" for name, patch in pending)
+        names = tuple(name for name, _ in pending)
         if names or notes:
-            short = [name for name, _ in pending]
+            short = [f"{patch.owner.__name__}.{patch.method}" for _, patch in pending]
             _log.info(
                 "megatron-core %s at %s: %s",
                 ".".join(map(str, version(root))),
@@ -161,7 +180,7 @@ def remove() -> tuple[str, ...]:
             current = patch.owner.__dict__.get(patch.method)
             if current is patch.replacement:
                 setattr(patch.owner, patch.method, patch.original)
-                restored.append(f"{patch.owner.__module__}.{name}")
+                restored.append(name)
                 del _patches[name]
             else:
                 patch.covered_by = current
@@ -207,7 +226,7 @@ def status() -> Status:
     sites = []
     for match in find(root):
         site = match.site
-        patch = _patches.get(site.name)
+        patch = _patches.get(f"{site.module}.{site.name}")
         owner = getattr(sys.modules.get(site.module), site.cls, None)
         current = owner.__dict__.get(site.method) if owner else None
         ours = bool(patch and patch.active)
@@ -217,6 +236,25 @@ def status() -> Status:
             by.append("megatron_sp_fix")
         sites.append(SiteStatus(site.name, match.form, ours or match.form == "source", tuple(by)))
     return Status(".".join(map(str, version(root))), str(root), tuple(sites))
+
+
+def covers(cls: type, method: str) -> bool:
+    """Whether this process has patched a class's own method by ``apply(also=...)``."""
+    patch = _patches.get(f"{cls.__module__}.{cls.__qualname__}.{method}")
+    return bool(patch and patch.active and patch.owner is cls)
+
+
+def _own_site(cls: type) -> Found:
+    """Find the call site in a class's own method, or say why it cannot be patched."""
+    source = textwrap.dedent(inspect.getsource(cls))
+    for method in ("_preprocess", "forward"):
+        if method in cls.__dict__:
+            site = Site("also", cls.__module__, cls.__qualname__, method)
+            return find_in(source, site)
+    raise UnsupportedMegatronError(
+        f"apply(also=...): {cls.__qualname__} has no _preprocess or forward of its own; "
+        "the class that it inherits them from is the one to name"
+    )
 
 
 def _supported(root: Path) -> list[Found]:

@@ -20,6 +20,7 @@ __all__ = [
     "Site",
     "UnsupportedMegatronError",
     "find",
+    "find_in",
     "installed_root",
     "version",
 ]
@@ -142,6 +143,44 @@ def find(root: Path) -> list[Found]:
                 f"megatron-core {'.'.join(map(str, version(root)))} at {root}: did not find one "
                 f"call of `{sites[0].embeds}(input_ids=..., position_ids=...)` in {places}. "
                 f"{_supported()}"
+            )
+    return found
+
+
+def find_in(source: str, site: Site) -> Found:
+    """Find a call site in a class outside the table, where handing a shard in skips nothing else.
+
+    Args:
+        source: the class's source.
+        site: its place.
+
+    Returns:
+        Found: the call site.
+
+    Raises:
+        UnsupportedMegatronError: the method cannot be patched; the message says why.
+    """
+    node = ast.parse(source).body[0]
+    method = _method(node if isinstance(node, ast.ClassDef) else None, site)
+    found = _read(site, method) if method else None
+    if method is None or found is None:
+        raise UnsupportedMegatronError(
+            f"{site.name} cannot be patched: it has no one statement "
+            "`decoder_input = self.embedding(input_ids=..., position_ids=...)`"
+        )
+    if "decoder_input" not in found.parameters:
+        raise UnsupportedMegatronError(
+            f"{site.name} cannot be patched: it takes no decoder_input to hand the shard in by"
+        )
+    block = next(block for block in _blocks(method) if found.call in block)
+    for statement in block[block.index(found.call) + 1 :]:
+        if statement is not found.scatter and any(
+            isinstance(name, ast.Name) and name.id == "decoder_input"
+            for name in ast.walk(statement)
+        ):
+            raise UnsupportedMegatronError(
+                f"{site.name} cannot be patched: a shard handed in would skip line "
+                f"{statement.lineno} of {site.cls}, `{ast.unparse(statement).splitlines()[0]}`"
             )
     return found
 
