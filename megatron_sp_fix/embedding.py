@@ -8,8 +8,7 @@ the tower embeds its own tokens instead, nobody shards. These functions do, at t
 model embeds tokens for its decoder. Called by anyone else, the embedding still returns full length.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Optional
 
@@ -19,7 +18,7 @@ from torch import Tensor
 from megatron.core import parallel_state
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.tensor_parallel.layers import VocabParallelEmbedding
-from megatron.core.tensor_parallel.mappings import scatter_to_sequence_parallel_region
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 
 __all__ = ["embed_for_decoder", "needs_shard", "shard_padding_mask", "sharding_embedding"]
 
@@ -32,11 +31,11 @@ def needs_shard(owner: Any, embedding: Any) -> bool:
         embedding: a ``LanguageModelEmbedding``, or any callable that stands in for one.
 
     Returns:
-        bool: False for every plain LM, for TP size 1 and while SP is off.
+        bool: False for TP size 1, while SP is off, and for an embedding that was built to scatter.
     """
     return (
         owner.config.sequence_parallel
-        # A bare function declares nothing: it is called, and its output's length decides.
+        # One that declares nothing (a bare function) is called, and its output's length decides.
         and not getattr(embedding, "scatter_to_sequence_parallel", False)
         and _tp_group(owner, embedding).size() > 1
     )
@@ -55,7 +54,8 @@ def embed_for_decoder(
         input_ids: token ids, int64 ``[b, s]``, the same on every rank of the TP group.
         position_ids: int64 ``[b, s]``; passed to the embedding unread.
         inference_context: a ``BaseInferenceContext``. Under dynamic batching with fp8 or fp4 the
-            padding rows are zeroed, so that they do not enter a quantization scale.
+            padding rows are zeroed, wherever in the sequence this rank's rows are, so that they do
+            not enter a quantization scale.
 
     Returns:
         Tensor: ``[s / tp, b, h]`` that owns its storage, in the embedding's dtype; ``[s, b, h]``
@@ -63,7 +63,8 @@ def embed_for_decoder(
 
     Raises:
         ValueError: the TP size does not divide ``s`` (raised before any collective), or the
-            embedding returned neither ``s`` nor ``s / tp`` rows.
+            embedding returned neither ``s`` nor ``s / tp`` rows, as one does that a hook shards
+            once more.
     """
     embedding = model.embedding
     if not needs_shard(model, embedding):
@@ -87,7 +88,7 @@ def sharding_embedding(owner: Any, embedding: Callable[..., Tensor]) -> Callable
     """Return ``embedding``, or a callable in its place that returns shards.
 
     For code that is handed an embedding to call: ``MultiTokenPredictionLayer._get_embeddings`` and
-    ``forward_single_position``, and ``MultiTokenPredictionBlock.forward`` up to 0.13.
+    ``forward_single_position``.
 
     Args:
         owner: the MTP layer or block; its ``config`` and TP group are read.
@@ -163,31 +164,30 @@ def _embed(
     else:
         output = embedding(input_ids=input_ids, position_ids=position_ids)
     if output.shape[0] == length:
-        # Left unnamed where it is the default: up to 0.12 there is no parameter to name it with.
-        default = parallel_state.get_tensor_model_parallel_group(check_initialized=False)
-        named = {} if group is default else {"group": group}
-        output = scatter_to_sequence_parallel_region(output, **named)
-    elif output.shape[0] != length // size:
+        taken: Tensor = _TakeShard.apply(output, group)  # type: ignore[no-untyped-call]
+        return taken
+    if output.shape[0] != length // size:
         raise ValueError(
             f"the embedding returned shape {tuple(output.shape)} for input_ids of shape "
             f"{tuple(input_ids.shape)}: its first dimension must be the sequence length {length}, "
-            f"or {length // size} if it shards for tensor parallel size {size} by itself"
+            f"or {length // size} if it shards for tensor parallel size {size} by itself; a hook "
+            "must not shard, since it is given what the decoder gets"
         )
     if output.untyped_storage().nbytes() != output.numel() * output.element_size():
-        # A slice keeps the whole sequence alive until backward; a copy keeps the shard alone.
-        output = output.clone()
+        output = output.clone()  # a view of somebody's full-length tensor
     return output
 
 
 def _is_stock(module: Any, cls: type[torch.nn.Module]) -> bool:
-    """Whether calling the module runs the forward of ``cls``, and nothing sees what that returns.
+    """Whether calling the module runs the forward of ``cls``.
 
-    The type is read, not ``isinstance``: a proxy may answer for the class that it forwards to.
+    Decided by code alone, never by hooks: TP ranks must agree on the collective, and one of them
+    may log through a hook. The type is read, not ``isinstance``: a proxy may answer for another's.
     """
     return (
         getattr(type(module), "forward", None) is cls.forward
+        and type(module).__call__ is cls.__call__
         and "forward" not in module.__dict__
-        and not module._forward_hooks
         and getattr(module, "_compiled_call_impl", None) is None
     )
 
@@ -202,29 +202,50 @@ def _embed_scattered(
         and embedding.num_tokentypes <= 0
         and _is_stock(words, VocabParallelEmbedding)
     )
-    changes = {"scatter_to_sequence_parallel": True, "reduce_scatter_embeddings": reduce_scatter}
-    with ExitStack() as stack:
-        if reduce_scatter:
-            words = stack.enter_context(_altered(words, reduce_scatter_embeddings=True))
-            changes["_modules"] = {**embedding._modules, "word_embeddings": words}
-        scattering = stack.enter_context(_altered(embedding, **changes))
-        output: Tensor = scattering(input_ids=input_ids, position_ids=position_ids)
+    if reduce_scatter:
+        words = _twin(words, reduce_scatter_embeddings=True)
+    scattering = _twin(
+        embedding,
+        scatter_to_sequence_parallel=True,
+        reduce_scatter_embeddings=reduce_scatter,
+        _modules={**embedding._modules, "word_embeddings": words},
+    )
+    output: Tensor = scattering(input_ids=input_ids, position_ids=position_ids)
     return output
 
 
-@contextmanager
-def _altered(module: torch.nn.Module, **changes: Any) -> Iterator[torch.nn.Module]:
-    """Yield a twin of the module with some attributes changed, its parameters and hooks shared.
+def _twin(module: torch.nn.Module, **changes: Any) -> Any:
+    """Copy a module with some attributes changed; it shares the parameters.
 
-    The module itself keeps its attributes, since another thread may be calling it. What a hook
-    assigns to the twin goes to the module at the end.
+    The module itself keeps its attributes, since another thread may be calling it. Its hooks run,
+    and are given the module, not the twin.
     """
     twin = object.__new__(type(module))
     twin.__dict__.update(module.__dict__, **changes)
-    before = dict(twin.__dict__)
-    try:
-        yield twin
-    finally:
-        for name, value in twin.__dict__.items():
-            if before.get(name, twin) is not value:
-                module.__dict__[name] = value
+    for name in ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks"):
+        hooks = module.__dict__[name]
+        if hooks:
+            # By the same keys, which torch also looks up in the dicts of the hooks' options.
+            bound = ((key, partial(_call_hook, hook, module)) for key, hook in hooks.items())
+            twin.__dict__[name] = type(hooks)(bound)
+    return twin
+
+
+def _call_hook(hook: Callable[..., Any], module: torch.nn.Module, _: Any, *rest: Any) -> Any:
+    return hook(module, *rest)
+
+
+class _TakeShard(torch.autograd.Function):
+    """This rank's rows of a full-length tensor, copied: a slice would keep all of it alive."""
+
+    @staticmethod
+    def forward(ctx: Any, full: Tensor, group: Any) -> Tensor:
+        """Copy ``[s / tp, b, h]`` out of ``[s, b, h]``."""
+        ctx.group = group
+        shard: Tensor = full.chunk(group.size())[group.rank()]
+        return shard.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        """Gather every rank's ``[s / tp, b, h]``: each computed its own rows alone."""
+        return gather_from_sequence_parallel_region(grad, group=ctx.group), None

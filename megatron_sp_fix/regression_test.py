@@ -4,9 +4,9 @@
 
 import pytest
 import torch
-from tests.unit_tests.test_utilities import Utils
 
 from megatron.core import parallel_state
+from megatron.core.models.common.embeddings.embedding import embed_for_decoder, shard_padding_mask
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_mtp_block_spec,
@@ -17,6 +17,7 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionLayer
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
+from tests.unit_tests.test_utilities import Utils
 
 SEQ, BATCH, HIDDEN, VOCAB, TP = 16, 2, 32, 64, 2
 
@@ -125,6 +126,47 @@ class TestStandaloneTower:
             batch.pop(name)
         shard, expected = (model._preprocess(**batch)[0] for model in (tower, plain))
         assert torch.equal(shard, expected)
+
+    def test_hook_of_one_rank_sees_the_embedding(self):
+        plain, tower = _pair()
+        seen = []
+        if parallel_state.get_tensor_model_parallel_rank() == 0:
+            tower.embedding.register_forward_hook(lambda module, *_: seen.append(module))
+            tower.embedding.word_embeddings.register_forward_hook(
+                lambda module, *_: seen.append(module)
+            )
+        _check(plain, tower)
+        assert seen in ([], [tower.embedding.word_embeddings, tower.embedding])
+
+    def test_padding_mask(self):
+        _, tower = _pair()
+        ids = _batch()["input_ids"]
+        mask = torch.arange(BATCH * SEQ, device=ids.device).view(BATCH, SEQ) % 3 == 0
+        rank = parallel_state.get_tensor_model_parallel_rank()
+        shard = shard_padding_mask(tower, mask, ids)
+        assert torch.equal(shard, mask.chunk(TP, dim=1)[rank])
+        assert shard_padding_mask(tower, shard, ids) is shard
+        with pytest.raises(ValueError, match="padding_mask has shape"):
+            shard_padding_mask(tower, mask[:, :3], ids)
+
+    @pytest.mark.parametrize("active", [3, SEQ // TP, SEQ - 3])
+    def test_padding_rows_of_a_quantized_batch(self, active):
+        _, tower = _pair(position="none")
+        batch = {name: _batch()[name][:1] for name in ("input_ids", "position_ids")}
+
+        class Context:
+            padding_slice = slice(active, SEQ)
+
+            def is_dynamic_batching(self):
+                return True
+
+        expected = tower.embedding(**batch).detach()
+        expected[active:] = 0.0
+        tower.config.fp8 = "hybrid"
+        with torch.no_grad():
+            shard = embed_for_decoder(tower, **batch, inference_context=Context())
+        rank = parallel_state.get_tensor_model_parallel_rank()
+        assert torch.equal(shard, expected.chunk(TP)[rank])
 
     def test_outer_model_gets_full_length(self):
         _, tower = _pair()

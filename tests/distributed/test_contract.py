@@ -5,6 +5,7 @@ The reference is always a plain LM in the same run; "the same" is `torch.equal`.
 """
 
 import collections
+import functools
 import threading
 
 import common
@@ -257,22 +258,39 @@ def test_rule_5_outer_model_sees_no_change(run, kind):
     run(unseen, kind, tp=2)
 
 
-def kept_by_hooks():
-    _, tower = models.pair("gpt")
-    embedding = tower.embedding
+def hooked(everyone):
+    """Hooks run, are given the very modules, and change nothing, whichever ranks have them."""
+    plain, tower = models.pair("gpt")
+    data = models.batch(LENGTH)
+    expected = models.step(plain, data)
+    modules = [tower.embedding, tower.embedding.word_embeddings]
+    seen = collections.Counter()
 
-    def count(module, args):
+    def hook(name, module, *_, **__):
+        assert module in modules
         module.calls = getattr(module, "calls", 0) + 1
+        seen[name] += 1
 
-    embedding.register_forward_pre_hook(count)
-    embedding.word_embeddings.register_forward_pre_hook(count)
+    if everyone or common.tp_rank() == 0:
+        for module in modules:
+            module.register_forward_pre_hook(functools.partial(hook, "before"))
+            module.register_forward_pre_hook(functools.partial(hook, "kwargs"), with_kwargs=True)
+            module.register_forward_hook(functools.partial(hook, "after"))
+            module.register_forward_hook(functools.partial(hook, "always"), always_call=True)
+            module.register_full_backward_hook(functools.partial(hook, "backward"))
     with fix():
-        check_shard(models.step(tower, models.batch(LENGTH))["shard"], LENGTH)
-    assert (embedding.calls, embedding.word_embeddings.calls) == (1, 1)
+        actual = models.step(tower, data)
+    check_same(expected, actual)
+    check_shard(actual["shard"], LENGTH)
+    # Token ids have no gradient: the backward hook of what takes nothing else does not fire twice.
+    for name in ("before", "kwargs", "after", "always"):
+        assert seen[name] == (2 if everyone or common.tp_rank() == 0 else 0)
+    assert all(getattr(module, "calls", 0) == sum(seen.values()) // 2 for module in modules)
 
 
-def test_rule_5_what_hooks_assign_is_kept(run):
-    run(kept_by_hooks, tp=2)
+@pytest.mark.parametrize("everyone", [True, False])
+def test_rule_5_hooks(run, everyone):
+    run(hooked, everyone, tp=2, timeout=30)
 
 
 # Rules 6 and 7: never twice; embeddings of other people's making.
@@ -292,7 +310,7 @@ def stand_in(kind, name, sharding):
         stand_in(kind, name, False)
 
 
-@pytest.mark.parametrize("name", STAND_INS)
+@pytest.mark.parametrize("name", [name for name in STAND_INS if name != "hook"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_rule_6_never_twice(run, kind, name):
     run(stand_in, kind, name, True, tp=2)
@@ -487,6 +505,17 @@ def wrong_length():
 
 def test_rule_10_wrong_length(run):
     run(wrong_length, tp=2)
+
+
+def sharded_by_a_hook():
+    _, tower = models.pair("gpt")
+    STAND_INS["hook"](tower, True)
+    with fix(), pytest.raises(ValueError, match=r"\(4, 2, \d+\).*hook"):
+        models.forward(tower, models.batch(LENGTH))
+
+
+def test_rule_10_a_hook_that_shards(run):
+    run(sharded_by_a_hook, tp=2)
 
 
 # Inference: padding rows of a quantized dynamic batch.

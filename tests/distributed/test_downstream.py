@@ -1,0 +1,428 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The language towers that other packages build, each against the plain LM of its own class.
+
+The classes, their embeddings and forwards are megatron-bridge's and nvidia-modelopt's own; the
+layers are those of megatron_sp_fix.models, which need no Transformer Engine. See docs/towers.md.
+"""
+
+import dataclasses
+import importlib
+import importlib.util
+import os
+import sys
+import types
+from unittest import mock
+
+import common
+import pytest
+import torch
+from common import check_same, check_shard, fix
+
+import megatron
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_mtp_block_spec,
+)
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.enums import AttnBackend
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron_sp_fix import audit, models
+
+LENGTH = 16
+
+
+def _missing(*names):
+    """Those of these modules that are not installed; none is imported."""
+    missing = []
+    for name in names:
+        try:
+            found = importlib.util.find_spec(name)
+        except ModuleNotFoundError:
+            found = None
+        if found is None:
+            missing.append(name)
+    return missing
+
+
+def _bridge_folder():
+    """Where megatron-bridge lies, found without importing it."""
+    folders = (os.path.join(path, "bridge") for path in megatron.__path__)
+    return next(filter(os.path.isdir, folders), None)
+
+
+MISSING = [] if _bridge_folder() else ["megatron-bridge"]
+# Its text models import transformers' classes of configurations; none is ever called here.
+MISSING += _missing("transformers")
+try:
+    from megatron.core.models import hybrid as _  # noqa: F401
+except ImportError:
+    MISSING += ["megatron-core 0.18"]
+
+bridge = pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}")
+modelopt = pytest.mark.skipif(bool(_missing("modelopt")), reason="needs the extra `distill`")
+pytestmark = pytest.mark.downstream
+
+#: Packages of megatron-bridge that get an empty `__init__` where Transformer Engine is missing.
+#: Theirs import every family's checkpoint converters, adapters and trainers, which need it.
+BARE = (
+    "megatron.bridge",
+    "megatron.bridge.models",
+    "megatron.bridge.models.common",
+    "megatron.bridge.models.conversion",
+    "megatron.bridge.models.ernie_vl",
+    "megatron.bridge.models.exaone",
+    "megatron.bridge.models.exaone.exaone45",
+    "megatron.bridge.models.exaone.exaone45.modelling_exaone45",
+    "megatron.bridge.models.gemma",
+    "megatron.bridge.models.gemma_vl",
+    "megatron.bridge.models.glm_vl",
+    "megatron.bridge.models.hybrid",
+    "megatron.bridge.models.kimi_vl",
+    "megatron.bridge.models.ministral3",
+    "megatron.bridge.models.mistral",
+    "megatron.bridge.models.nemotron_omni",
+    "megatron.bridge.models.nemotron_vl",
+    "megatron.bridge.models.qwen_audio",
+    "megatron.bridge.models.qwen_vl",
+    "megatron.bridge.models.qwen_vl.modelling_qwen3_vl",
+    "megatron.bridge.models.stepfun",
+    "megatron.bridge.models.stepfun.modelling_step37",
+    "megatron.bridge.training",
+    "megatron.bridge.training.utils",
+)
+
+
+def load(name):
+    """Import ``module:attribute`` of megatron-bridge's models, on a rank."""
+    if _missing("transformer_engine"):
+        for package in BARE:
+            if package not in sys.modules:
+                bare = types.ModuleType(package)
+                bare.__path__ = [os.path.join(_bridge_folder(), *package.split(".")[2:])]
+                sys.modules[package] = bare
+                parent, _, leaf = package.rpartition(".")
+                setattr(sys.modules[parent], leaf, bare)
+    module, _, attribute = name.partition(":")
+    return getattr(importlib.import_module(f"megatron.bridge.models.{module}"), attribute)
+
+
+def compare(plain, tower, *, mrope=False, expected=None):
+    """The tower's step is the plain LM's, bit by bit, and the audit says that it would be."""
+    assert type(tower) is type(plain)
+    assert plain.embedding.scatter_to_sequence_parallel
+    assert not tower.embedding.scatter_to_sequence_parallel
+    data = models.batch(LENGTH)
+    if mrope:
+        data["position_ids"] = data["position_ids"].expand(3, -1, -1).contiguous()
+    expected = expected(data) if expected else models.step(plain, data)
+    with fix():
+        actual = models.step(tower, data)
+        check_same(expected, actual)
+        check_shard(actual["shard"], LENGTH)
+        # Last: under --unpatched it is the numbers that are to fail, not the audit.
+        audit(tower, strict=True)
+    return expected, actual
+
+
+# megatron-bridge's subclasses of GPTModel.
+
+
+def text_model(name, kind, position):
+    cls = load(name)
+    with mock.patch.object(models, "GPTModel", cls):
+        plain, tower = models.pair(kind, position=position)
+    assert type(tower) is cls
+    expected = None
+    if kind == "mtp":
+
+        def expected(data):
+            # In front of MTP this forward shards whatever its embedding returns: right for a tower,
+            # once too often for a plain LM, whose embedding has returned a shard.
+            once = types.SimpleNamespace(
+                scatter_to_sequence_parallel_region=lambda shard, group: shard
+            )
+            with mock.patch.object(sys.modules[cls.__module__], "tensor_parallel", once):
+                return models.step(plain, data)
+
+    results = compare(plain, tower, mrope=position == "mrope", expected=expected)
+    for result in results:
+        assert {name for name in result if name.startswith("logits")} == (
+            {"logits 0", "logits 1", "logits 2"} if kind == "mtp" else {"logits 0"}
+        )
+
+
+QWEN3_VL = "qwen_vl.modelling_qwen3_vl.text_model:Qwen3VLGPTModel"
+EXAONE = "exaone.exaone45.modelling_exaone45.text_model:Exaone45GPTModel"
+STEP = "stepfun.modelling_step37.text_model:Step37GPTModel"
+
+
+@bridge
+def test_qwen3_vl(run):
+    run(text_model, QWEN3_VL, "gpt", "mrope", tp=2)
+
+
+@bridge
+@pytest.mark.skipif(not models.has("mtp"), reason="this release needs Transformer Engine for MTP")
+def test_qwen3_vl_mtp(run):
+    run(text_model, QWEN3_VL, "mtp", "mrope", tp=2)
+
+
+@bridge
+@pytest.mark.parametrize("position", ["rope", "mrope"])
+def test_exaone45(run, position):
+    run(text_model, EXAONE, "gpt", position, tp=2)
+
+
+@bridge
+def test_step37(run):
+    run(text_model, STEP, "gpt", "rope", tp=2)
+
+
+# Towers that a provider of megatron-bridge builds from its own configuration.
+
+#: Small, in float32 and without what needs a GPU; everything else is the family's own.
+SMALL = {
+    "num_layers": 2,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "num_query_groups": 4,
+    "kv_channels": 8,
+    "ffn_hidden_size": 64,
+    "vocab_size": models.VOCAB,
+    "seq_length": 128,
+    "hidden_dropout": 0.0,
+    "attention_dropout": 0.0,
+    "num_moe_experts": None,
+    "mtp_num_layers": None,
+    "bf16": False,
+    "params_dtype": torch.float32,
+    "autocast_dtype": torch.float32,
+    "pipeline_dtype": torch.float32,
+    "attention_backend": AttnBackend.auto,
+    "apply_rope_fusion": False,
+    "bias_activation_fusion": False,
+    "bias_dropout_fusion": False,
+    "cross_entropy_loss_fusion": False,
+    "gradient_accumulation_fusion": False,
+    "masked_softmax_fusion": False,
+    "moe_permute_fusion": False,
+    "moe_grouped_gemm": False,
+    "persist_layer_norm": False,
+    "sequence_parallel": True,
+}
+
+
+MROPE = {"mrope_section": [1, 1, 2]}
+MLA = {
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_head_dim": 8,
+    "qk_pos_emb_head_dim": 8,
+    "v_head_dim": 8,
+    "rope_type": "rope",
+}
+
+
+def settings(cls, **more):
+    """A provider, small, on this rank's groups; fields that it lacks are left out."""
+    fields = {**SMALL, "tensor_model_parallel_size": common.tp_size(), **more}
+    fields["use_cpu_initialization"] = torch.distributed.get_backend() == "gloo"
+    known = {field.name: field for field in dataclasses.fields(cls)}
+    fields = {name: value for name, value in fields.items() if name in known}
+    provider = cls(**{name: value for name, value in fields.items() if known[name].init})
+    for name, value in fields.items():
+        setattr(provider, name, value)
+    provider.finalize()
+    return provider
+
+
+def with_attention(spec, cls):
+    """The spec with another class of self attention."""
+    if isinstance(spec, ModuleSpec):
+        module = cls if spec.module is SelfAttention else spec.module
+        return dataclasses.replace(
+            spec, module=module, submodules=with_attention(spec.submodules, cls)
+        )
+    if dataclasses.is_dataclass(spec) and not isinstance(spec, type):
+        fields = {f.name: getattr(spec, f.name) for f in dataclasses.fields(spec)}
+        return dataclasses.replace(spec, **{n: with_attention(v, cls) for n, v in fields.items()})
+    return spec
+
+
+def provided(name, embedding, fields, attention):
+    cls = load(name)
+    mla = {"multi_latent_attention": True} if "q_lora_rank" in fields else {}
+    layer = models._normed(get_gpt_layer_local_spec(**mla), models.Attention)
+    if attention:
+        layer = with_attention(layer, load(attention))
+    block = TransformerBlockSubmodules(layer_specs=[layer] * 2, layer_norm=models.Norm)
+
+    def mtp(config, vp_stage=None):
+        if not config.mtp_num_layers:
+            return None
+        spec = get_gpt_mtp_block_spec(config, layer, use_transformer_engine=False)
+        return models._normed(spec, models.Attention)
+
+    def build(**more):
+        provider = settings(cls, transformer_layer_spec=lambda config: block, **fields, **more)
+        # The provider's own asks for Transformer Engine's layers.
+        with mock.patch.object(sys.modules["megatron.bridge.models.gpt_provider"], BLOCK, mtp):
+            model = provider.provide_language_model(pre_process=True, post_process=True)
+        return model.to(torch.cuda.current_device())
+
+    torch.manual_seed(1)
+    # The tower's flag is left as the family has it.
+    plain, tower = build(scatter_embedding_sequence_parallel=True), build()
+    tower.load_state_dict(plain.state_dict())
+    assert type(tower.embedding).__name__ == embedding
+    compare(plain, tower, mrope=tower.position_embedding_type == "mrope")
+
+
+BLOCK = "mtp_block_spec"
+STOCK = "LanguageModelEmbedding"
+#: By family: its provider, the class of the tower's embedding, more fields, its own attention.
+PROVIDERS = {
+    "Qwen2.5-VL": ("qwen_vl.qwen25_vl_provider:Qwen25VLModelProvider", STOCK, MROPE, None),
+    "Qwen2-Audio": ("qwen_audio.qwen2_audio_provider:Qwen2AudioModelProvider", STOCK, {}, None),
+    "Gemma 3-VL": (
+        "gemma_vl.gemma3_vl_provider:Gemma3VLModelProvider",
+        "Gemma3LanguageModelEmbedding",
+        {},
+        # Picks one of the two rotary embeddings that Gemma3RotaryEmbedding returns.
+        "gemma.gemma3_provider:Gemma3SelfAttention",
+    ),
+    "GLM-4.5V": (
+        "glm_vl.glm_45v_provider:GLM45VModelProvider",
+        STOCK,
+        {**MROPE, "kv_channels": 16, "mtp_num_layers": 1},
+        None,
+    ),
+    "Ernie 4.5-VL": ("ernie_vl.ernie45_vl_provider:Ernie45VLModelProvider", STOCK, MROPE, None),
+    "Ministral 3": ("ministral3.ministral3_provider:Ministral3ModelProvider", STOCK, {}, None),
+    "Kimi K2.5-VL": ("kimi_vl.kimi_k25_vl_provider:KimiK25VLModelProvider", STOCK, MLA, None),
+}
+
+
+@bridge
+@pytest.mark.parametrize("family", PROVIDERS)
+def test_provider(run, family):
+    if PROVIDERS[family][2].get("mtp_num_layers") and not models.has("mtp"):
+        pytest.skip("this release needs Transformer Engine for MTP")
+    run(provided, *PROVIDERS[family], tp=2)
+
+
+# Nemotron's, as LLaVAModel of megatron-core builds it from a provider of megatron-bridge.
+
+
+def nemotron(name):
+    from megatron.core.models.hybrid.hybrid_model import HybridModel
+    from megatron.core.models.multimodal.llava_model import LLaVAModel
+
+    pattern = "*-"
+    stack = models._hybrid_spec(models._hybrid()[2], models.Attention)
+    # The first is what LLaVAModel goes by; Omni's checkpoints bring both.
+    more = {"language_model_type": "nemotron6-moe", "image_token_index": models.VOCAB - 1}
+    config = settings(load(name), hybrid_layer_pattern=pattern, **more)
+    torch.manual_seed(1)
+    plain = HybridModel(
+        config,
+        hybrid_stack_spec=stack,
+        vocab_size=config.vocab_size,
+        max_sequence_length=config.seq_length,
+        hybrid_layer_pattern=pattern,
+    )
+    outer = LLaVAModel(
+        language_transformer_config=config,
+        language_transformer_layer_spec=stack,
+        language_vocab_size=config.vocab_size,
+        language_max_sequence_length=config.seq_length,
+        language_position_embedding_type=config.position_embedding_type,
+        hybrid_layer_pattern=pattern,
+        # What follows describes the encoder, which is left out.
+        add_encoder=False,
+        drop_vision_class_token=True,
+        vision_transformer_config=config,
+        vision_transformer_layer_spec=None,
+        vision_projection_config=config,
+        vision_projection_layer_spec=None,
+        img_h=512,
+        img_w=512,
+        patch_dim=16,
+        pixel_shuffle=True,
+    )
+    plain.to(torch.cuda.current_device())
+    tower = outer.to(torch.cuda.current_device()).language_model
+    tower.load_state_dict(plain.state_dict())
+    compare(plain, tower)
+    with fix():
+        assert [found.name for found in audit(outer, strict=True)] == ["language_model"]
+
+
+@bridge
+@pytest.mark.skipif(not models.has("hybrid"), reason="this release needs Transformer Engine")
+@pytest.mark.parametrize(
+    "provider",
+    [
+        "nemotron_vl.nemotron_vl_provider:NemotronVLModelProvider",
+        "nemotron_omni.nemotron_omni_provider:NemotronOmniModelProvider",
+    ],
+    ids=["VL", "Omni"],
+)
+def test_nemotron(run, provider):
+    run(nemotron, provider, tp=2)
+
+
+# nvidia-modelopt's dynamic class around a student, with a teacher inside.
+
+
+def distilled():
+    import modelopt.torch.distill as mtd
+    from modelopt.torch.distill.plugins import megatron as plugin
+
+    def convert(student, teacher):
+        wish = plugin.DistillationConfig(skip_lm_loss=False)
+        config = plugin.setup_distillation_config(wish, student.config, teacher.config)
+        mode = {
+            "teacher_model": teacher,
+            "criterion": config.criterion,
+            "loss_balancer": config.loss_balancer,
+        }
+        model = mtd.convert(student, mode=[("kd_loss", mode)])
+        plugin.adjust_distillation_model_for_mcore(model, config)
+        model.train()
+        return model
+
+    def total(model, loss):
+        return model.compute_kd_loss(
+            student_loss=loss.mean(), loss_reduction_fn=lambda out: out[0].mean()
+        )["kd_loss"]
+
+    def step(model, data):
+        out = models.step(model, data)
+        out["KD loss"] = total(model, out["loss"]).detach()
+        model.zero_grad()
+        total(model, models.forward(model, data)).backward()
+        for name, parameter in model.named_parameters():
+            if parameter.grad is not None:
+                out[f"grad by KD {name}"] = parameter.grad.clone()
+        return out
+
+    students = models.pair("gpt", layers=1)
+    teachers = models.pair("gpt", layers=2, config={"init_method_std": 0.2})
+    plain, tower = (convert(*both) for both in zip(students, teachers))
+    assert isinstance(tower, mtd.DistillationModel) and tower.teacher_model is teachers[1]
+    data = models.batch(LENGTH)
+    expected = step(plain, data)
+    with fix():
+        actual = step(tower, data)
+        check_same(expected, actual)
+        check_shard(actual["shard"], LENGTH)
+        audited = audit(tower, strict=True)
+    assert expected["KD loss"] != expected["loss"].mean()
+    assert [found.kind for found in audited] == ["tower", "tower"]
+
+
+@modelopt
+def test_modelopt_distillation(run):
+    run(distilled, tp=2)
