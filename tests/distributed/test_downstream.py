@@ -292,6 +292,12 @@ PROVIDERS = {
         # Picks one of the two rotary embeddings that Gemma3RotaryEmbedding returns.
         "gemma.gemma3_provider:Gemma3SelfAttention",
     ),
+    "Gemma 4-VL": (
+        "gemma_vl.gemma4_vl_provider:Gemma4VLModelProvider",
+        "Gemma3LanguageModelEmbedding",
+        {"global_head_dim": 8, "num_global_key_value_heads": 4},
+        "gemma.modeling_gemma4:Gemma4SelfAttention",
+    ),
     "GLM-4.5V": (
         "glm_vl.glm_45v_provider:GLM45VModelProvider",
         STOCK,
@@ -315,15 +321,13 @@ def test_provider(run, family):
 # Nemotron's, as LLaVAModel of megatron-core builds it from a provider of megatron-bridge.
 
 
-def nemotron(name):
+def nemotron(name, fields):
     from megatron.core.models.hybrid.hybrid_model import HybridModel
     from megatron.core.models.multimodal.llava_model import LLaVAModel
 
     pattern = "*-"
     stack = models._hybrid_spec(models._hybrid()[2], models.Attention)
-    # The first is what LLaVAModel goes by; Omni's checkpoints bring both.
-    more = {"language_model_type": "nemotron6-moe", "image_token_index": models.VOCAB - 1}
-    config = settings(load(name), hybrid_layer_pattern=pattern, **more)
+    config = settings(load(name), hybrid_layer_pattern=pattern, **fields)
     torch.manual_seed(1)
     plain = HybridModel(
         config,
@@ -359,18 +363,21 @@ def nemotron(name):
         assert [found.name for found in audit(outer, strict=True)] == ["language_model"]
 
 
+NEMOTRON = {
+    "VL": ("nemotron_vl.nemotron_vl_provider:NemotronVLModelProvider", {}),
+    "Omni": (
+        "nemotron_omni.nemotron_omni_provider:NemotronOmniModelProvider",
+        # From its checkpoint. LLaVAModel chooses the language model's class by the first.
+        {"language_model_type": "nemotron6-moe", "image_token_index": models.VOCAB - 1},
+    ),
+}
+
+
 @bridge
 @pytest.mark.skipif(not models.has("hybrid"), reason="this release needs Transformer Engine")
-@pytest.mark.parametrize(
-    "provider",
-    [
-        "nemotron_vl.nemotron_vl_provider:NemotronVLModelProvider",
-        "nemotron_omni.nemotron_omni_provider:NemotronOmniModelProvider",
-    ],
-    ids=["VL", "Omni"],
-)
-def test_nemotron(run, provider):
-    run(nemotron, provider, tp=2)
+@pytest.mark.parametrize("family", NEMOTRON)
+def test_nemotron(run, family):
+    run(nemotron, *NEMOTRON[family], tp=2)
 
 
 # nvidia-modelopt's dynamic class around a student, with a teacher inside.
