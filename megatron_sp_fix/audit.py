@@ -79,7 +79,7 @@ def _tower(name: str, module: Any) -> Tower:
     elif not module.config.sequence_parallel:
         covered, reason = True, "sequence parallelism is off, so there is nothing to shard"
     else:
-        covered, reason = _coverage(type(module))
+        covered, reason = _own_methods(module) or _coverage(type(module))
         mtp = [site for site in status().sites if "MultiTokenPrediction" in site.name]
         if covered and getattr(module, "mtp_process", False) and not all(s.patched for s in mtp):
             covered, reason = False, "its main forward is covered, its MTP layers are not"
@@ -91,6 +91,15 @@ def _tower(name: str, module: Any) -> Tower:
         covered,
         reason,
     )
+
+
+def _own_methods(module: Any) -> Optional[tuple[bool, str]]:
+    """Not covered, if the instance was given a method that embeds; None if it was not."""
+    for method in ("forward", "_preprocess"):
+        calls = _calls(_body(module, method)) if method in module.__dict__ else set()
+        if any(call.endswith(".embedding") for call in calls):
+            return False, f"this instance has a {method} of its own, which embeds by itself"
+    return None
 
 
 def _coverage(cls: type) -> tuple[bool, str]:
@@ -136,9 +145,10 @@ def _definer(cls: type, method: str) -> type:
     return next(base for base in cls.__mro__ if method in base.__dict__)
 
 
-def _body(cls: type, method: str) -> Optional[ast.FunctionDef]:
+def _body(owner: Any, method: str) -> Optional[ast.FunctionDef]:
     try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(cls.__dict__[method]))))
+        source = inspect.getsource(inspect.unwrap(owner.__dict__[method]))
+        tree = ast.parse(textwrap.dedent(source))
     except (OSError, TypeError, SyntaxError):
         return None
     return tree.body[0] if isinstance(tree.body[0], ast.FunctionDef) else None

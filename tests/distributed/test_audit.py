@@ -3,6 +3,7 @@
 
 import contextlib
 import os
+import types
 
 import pytest
 import torch
@@ -121,6 +122,29 @@ def classes():
 @old
 def test_audit_reads_subclasses(run):
     run(classes, tp=2)
+
+
+def instances():
+    _, tower = models.pair("gpt")
+    cls = type(tower)
+
+    def passing(self, *args, **kwargs):
+        return cls.forward(self, *args, **kwargs)
+
+    def embedding(self, input_ids, position_ids, attention_mask, decoder_input=None, **kwargs):
+        decoder_input = self.embedding(input_ids=input_ids, position_ids=position_ids)
+        return cls.forward(self, input_ids, position_ids, attention_mask, decoder_input, **kwargs)
+
+    with fix():
+        tower.forward = types.MethodType(passing, tower)
+        audit(tower, strict=True)
+        tower.forward = types.MethodType(embedding, tower)
+        with pytest.raises(NotCoveredError, match="a forward of its own, which embeds by itself"):
+            audit(tower, strict=True)
+
+
+def test_audit_reads_methods_of_the_instance(run):
+    run(instances, tp=2)
 
 
 def also():
