@@ -57,9 +57,13 @@ class Ignoring(LanguageModelEmbedding):
         words = self.word_embeddings
         flag, words.reduce_scatter_embeddings = words.reduce_scatter_embeddings, False
         try:
-            return words(input_ids).transpose(0, 1).contiguous()
+            full = words(input_ids)
         finally:
             words.reduce_scatter_embeddings = flag
+        if self.add_position_embedding:
+            full = full + self.position_embeddings(position_ids)
+        full = full.transpose(0, 1).contiguous()
+        return full.float() if self.config.fp32_residual_connection else full
 
 
 class SelfSharding(LanguageModelEmbedding):
