@@ -290,7 +290,7 @@ def hooked(everyone):
 
 @pytest.mark.parametrize("everyone", [True, False])
 def test_rule_5_hooks(run, everyone):
-    run(hooked, everyone, tp=2, timeout=30)
+    run(hooked, everyone, tp=2, timeout=60)
 
 
 # Rules 6 and 7: never twice; embeddings of other people's making.
@@ -491,7 +491,7 @@ def indivisible(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_rule_10_indivisible_length(run, kind):
-    run(indivisible, kind, tp=4, timeout=10)
+    run(indivisible, kind, tp=4, timeout=30)
 
 
 def wrong_length():
