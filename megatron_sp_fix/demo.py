@@ -6,6 +6,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 __all__ = ["demo"]
@@ -65,10 +66,7 @@ def measure(kind: str, length: int) -> list[dict[str, Any]]:
         out: dict[str, Any] = {}
         error = ""
         try:
-            if fixed:
-                with applied():
-                    models.step(tower, data, out=out)
-            else:
+            with applied() if fixed else nullcontext():
                 models.step(tower, data, out=out)
         except Exception as failure:
             error = f"{type(failure).__name__}: {failure}"

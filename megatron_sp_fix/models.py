@@ -211,7 +211,7 @@ def build(
             attention,
         )
         arguments["transformer_layer_spec"] = TransformerBlockSubmodules(
-            layer_specs=[layer] * _layers_here(settings, arguments), layer_norm=Norm
+            layer_specs=[layer] * _layers_here(settings), layer_norm=Norm
         )
         if kind == "mtp" and post_process:
             from megatron.core.models.gpt.gpt_layer_specs import get_gpt_mtp_block_spec
@@ -325,7 +325,7 @@ def _first(function: Any, *names: str) -> str:
     return next(name for name in names if name in parameters)
 
 
-def _layers_here(config: TransformerConfig, arguments: dict[str, Any]) -> int:
+def _layers_here(config: TransformerConfig) -> int:
     stages = (config.pipeline_model_parallel_size or 1) * (
         config.virtual_pipeline_model_parallel_size or 1
     )

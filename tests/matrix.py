@@ -170,16 +170,15 @@ def row(name: str, tree: Path, workers: str) -> tuple[list[str], bool]:
 
 
 HEADER = (
-    ("release", "GPT", "hybrid", "MTP training", "MTP single step"),
-    ("runtime form", "source form", "same bits"),
+    *("release", "GPT", "hybrid", "MTP training", "MTP single step"),
+    *("runtime form", "source form", "same bits"),
 )
 
 
 def page(rows: list[list[str]], seconds: float, commit: str) -> str:
     import torch
 
-    header = [cell for part in HEADER for cell in part]
-    lines = ["| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *rows)]
+    lines = ["| " + " | ".join(line) + " |" for line in (HEADER, ["---"] * len(HEADER), *rows)]
     return f"""# Releases
 
 What each release of megatron-core does with a standalone tower by itself, and the contract on it in

@@ -38,6 +38,15 @@ def check_shard(shard, length):
     assert shard.untyped_storage().nbytes() == shard.numel() * shard.element_size()
 
 
+def check_tower(plain, tower, data, length, **more):
+    """One step of a plain LM, one of a tower with the fix: the same numbers, from a shard."""
+    expected = models.step(plain, data, **more)
+    with fix():
+        actual = models.step(tower, data, **more)
+    check_same(expected, actual)
+    check_shard(actual["shard"], length)
+
+
 def shadow(model, embedding):
     """Put any callable in the embedding's place, as downstream code does."""
     model.__dict__["embedding"] = embedding

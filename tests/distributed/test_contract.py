@@ -11,7 +11,7 @@ import threading
 import common
 import pytest
 import torch
-from common import STAND_INS, check_same, check_shard, fix
+from common import STAND_INS, check_same, check_shard, check_tower, fix
 
 from megatron.core import parallel_state
 from megatron.core.inference.contexts import BaseInferenceContext
@@ -89,11 +89,7 @@ def same_numbers(kind, position, config, packed, train):
             max_seqlen_q=11,
             max_seqlen_kv=11,
         )
-    expected = models.step(plain, data, **more)
-    with fix():
-        actual = models.step(tower, data, **more)
-    check_same(expected, actual)
-    check_shard(actual["shard"], LENGTH)
+    check_tower(plain, tower, data, LENGTH, **more)
 
 
 POSITIONS = [
@@ -327,11 +323,7 @@ def scaled(kind):
     data = models.batch(LENGTH)
     for model in (plain, tower):
         model.embedding.__class__ = common.Scaled
-    expected = models.step(plain, data)
-    with fix():
-        actual = models.step(tower, data)
-    check_same(expected, actual)
-    check_shard(actual["shard"], LENGTH)
+    check_tower(plain, tower, data, LENGTH)
 
 
 @pytest.mark.parametrize("tp", TP)

@@ -9,7 +9,7 @@ import threading
 
 import pytest
 import torch
-from common import check_same, check_shard, fix
+from common import check_same, check_shard, check_tower, fix
 
 import megatron_sp_fix
 from megatron.core import parallel_state
@@ -22,11 +22,7 @@ RELEASE = tuple(int(part) for part in status().version.split(".")[:2])
 def same(kind, length=LENGTH, size=2, config=None, **options):
     plain, tower = models.pair(kind, config=config or {}, **options)
     data = models.batch(length, size)
-    expected = models.step(plain, data)
-    with fix():
-        actual = models.step(tower, data)
-    check_same(expected, actual)
-    check_shard(actual["shard"], length)
+    check_tower(plain, tower, data, length)
 
 
 def pipeline(kind):
@@ -116,11 +112,7 @@ def adapter():
     for model in (plain, tower):
         model.embedding.word_embeddings = LowRank(model.embedding.word_embeddings)
     data = models.batch(LENGTH)
-    expected = models.step(plain, data)
-    with fix():
-        actual = models.step(tower, data)
-    check_same(expected, actual)
-    check_shard(actual["shard"], LENGTH)
+    check_tower(plain, tower, data, LENGTH)
 
 
 def test_adapter_on_the_word_embedding(run):
