@@ -80,19 +80,21 @@ class Attention(torch.nn.Module):
             Tensor: ``[s, b, heads * d]``, or ``[tokens, heads * d]`` if packed.
         """
         packed = query.dim() == 3
-        bounds = [0, query.shape[0]]
+        rows = [slice(None)]
         if packed:
             query, key, value = (x.unsqueeze(1) for x in (query, key, value))
             bounds = packed_seq_params.cu_seqlens_q.tolist()
+            rows = [slice(*pair) for pair in itertools.pairwise(bounds)]
         groups = query.shape[2] // key.shape[2]
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         k, v = (x.repeat_interleave(groups, 1) for x in (k, v))
+        causal = q.shape[2] == k.shape[2]  # else one step of a decode, which sees every key
         out = torch.cat(
             [
                 torch.nn.functional.scaled_dot_product_attention(
-                    q[:, :, a:b], k[:, :, a:b], v[:, :, a:b], is_causal=True
+                    q[:, :, part], k[:, :, part], v[:, :, part], is_causal=causal
                 )
-                for a, b in itertools.pairwise(bounds)
+                for part in rows
             ],
             2,
         )

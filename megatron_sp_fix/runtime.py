@@ -115,51 +115,21 @@ def apply(*, also: Iterable[type] = ()) -> tuple[str, ...]:
     """
     with _lock:
         root = installed_root()
-        pending: list[tuple[str, _Patch]] = []
-        notes: list[str] = []
         targets: list[tuple[Found, Optional[type]]] = [(m, None) for m in _supported(root)]
-        targets += [(_own_site(cls), cls) for cls in also]
-        for match, owner in targets:
-            site = match.site
-            if match.form == "source":
-                notes.append(f"{site.name} is patched in its source")
-                continue
-            try:
-                owner = owner or getattr(importlib.import_module(site.module), site.cls)
-            except ImportError as error:
-                # As 0.12 without Transformer Engine: nobody can use that model here.
-                notes.append(f"{site.name} cannot be imported ({error})")
-                continue
-            key = f"{site.module}.{site.name}"
-            current = owner.__dict__[site.method]
-            known = _patches.get(key)
-            if known and known.owner is owner:
-                if known.active:
-                    if current is not known.replacement:
-                        notes.append(f"{site.name} carries a later patch by {_author(current)}")
-                    continue
-                if current in (known.replacement, known.covered_by):
-                    pending.append((key, known))
-                    continue
-            patch = _Patch(owner, site.method, current)
-            patch.replacement = _replacement(patch, match)
-            pending.append((key, patch))
+        return _replace(root, targets + [(_own_site(cls), cls) for cls in also])
 
-        for name, patch in pending:
-            _patches[name] = patch
-            patch.active = True
-            if patch.owner.__dict__[patch.method] is patch.original:
-                setattr(patch.owner, patch.method, patch.replacement)
-        names = tuple(name for name, _ in pending)
-        if names or notes:
-            short = [f"{patch.owner.__name__}.{patch.method}" for _, patch in pending]
-            _log.info(
-                "megatron-core %s at %s: %s",
-                ".".join(map(str, version(root))),
-                root,
-                "; ".join(([f"patched {', '.join(short)}"] if short else []) + notes),
-            )
-        return names
+
+def apply_to(module: str) -> None:
+    """Patch the call sites of one module that has just been loaded, importing nothing.
+
+    For the import hook, which runs while other modules of megatron-core are half loaded.
+
+    Raises:
+        UnsupportedMegatronError: as :func:`apply`, for any of the modules.
+    """
+    with _lock:
+        root = installed_root()
+        _replace(root, [(m, None) for m in _supported(root) if m.site.module == module])
 
 
 def remove() -> tuple[str, ...]:
@@ -244,9 +214,61 @@ def covers(cls: type, method: str) -> bool:
     return bool(patch and patch.active and patch.owner is cls)
 
 
+def _replace(root: Path, targets: list[tuple[Found, Optional[type]]]) -> tuple[str, ...]:
+    """Replace the methods of call sites; of the class given, or of the one the table names."""
+    pending: list[tuple[str, _Patch]] = []
+    notes: list[str] = []
+    for match, owner in targets:
+        site = match.site
+        if match.form == "source":
+            notes.append(f"{site.name} is patched in its source")
+            continue
+        try:
+            owner = owner or getattr(importlib.import_module(site.module), site.cls)
+        except ImportError as error:
+            # As 0.12 without Transformer Engine: nobody can use that model here.
+            notes.append(f"{site.name} cannot be imported ({error})")
+            continue
+        key = f"{site.module}.{site.name}"
+        current = owner.__dict__[site.method]
+        known = _patches.get(key)
+        if known and known.owner is owner:
+            if known.active:
+                if current is not known.replacement:
+                    notes.append(f"{site.name} carries a later patch by {_author(current)}")
+                continue
+            if current in (known.replacement, known.covered_by):
+                pending.append((key, known))
+                continue
+        patch = _Patch(owner, site.method, current)
+        patch.replacement = _replacement(patch, match)
+        pending.append((key, patch))
+
+    for name, patch in pending:
+        _patches[name] = patch
+        patch.active = True
+        if patch.owner.__dict__[patch.method] is patch.original:
+            setattr(patch.owner, patch.method, patch.replacement)
+    if pending or notes:
+        short = [f"{patch.owner.__name__}.{patch.method}" for _, patch in pending]
+        _log.info(
+            "megatron-core %s at %s: %s",
+            ".".join(map(str, version(root))),
+            root,
+            "; ".join(([f"patched {', '.join(short)}"] if short else []) + notes),
+        )
+    return tuple(name for name, _ in pending)
+
+
 def _own_site(cls: type) -> Found:
     """Find the call site in a class's own method, or say why it cannot be patched."""
-    source = textwrap.dedent(inspect.getsource(cls))
+    try:
+        source = textwrap.dedent(inspect.getsource(cls))
+    except (OSError, TypeError) as error:
+        raise UnsupportedMegatronError(
+            f"apply(also=...): the source of {cls.__qualname__}, which tells whether it can be "
+            f"patched, cannot be read: {error}"
+        ) from error
     for method in ("_preprocess", "forward"):
         if method in cls.__dict__:
             site = Site("also", cls.__module__, cls.__qualname__, method)
@@ -278,9 +300,14 @@ def _supported(root: Path) -> list[Found]:
 
 def _replacement(patch: _Patch, match: Found) -> Callable[..., Any]:
     """Make the method that stands in: it shards, then runs the original with the shard."""
-    from .embedding import embed_for_decoder, needs_shard, shard_padding_mask, sharding_embedding
-
     original, names = patch.original, match.parameters
+
+    @functools.cache
+    def fix() -> Any:
+        # On the first call: it imports parts of megatron-core that may not be loaded yet.
+        from . import embedding
+
+        return embedding
 
     def argument(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], position: int) -> Any:
         return args[position] if len(args) > position else kwargs.get(name)
@@ -293,7 +320,7 @@ def _replacement(patch: _Patch, match: Found) -> Callable[..., Any]:
             embedding = argument("embedding", args, kwargs, at)
             if not patch.active or embedding is None:
                 return original(self, *args, **kwargs)
-            sharding = sharding_embedding(self, embedding)
+            sharding = fix().sharding_embedding(self, embedding)
             if len(args) > at:
                 args = (*args[:at], sharding, *args[at + 1 :])
             else:
@@ -309,7 +336,7 @@ def _replacement(patch: _Patch, match: Found) -> Callable[..., Any]:
                 not patch.active
                 or argument("decoder_input", args, kwargs, at) is not None
                 or not self.pre_process
-                or not needs_shard(self, self.embedding)
+                or not fix().needs_shard(self, self.embedding)
             ):
                 return original(self, *args, **kwargs)
             call = dict(zip(names, args))
@@ -321,10 +348,10 @@ def _replacement(patch: _Patch, match: Found) -> Callable[..., Any]:
                 return original(self, *args, **kwargs)  # to raise its own TypeError
             call |= kwargs
             if call.get("padding_mask") is not None:
-                call["padding_mask"] = shard_padding_mask(
+                call["padding_mask"] = fix().shard_padding_mask(
                     self, call["padding_mask"], call["input_ids"]
                 )
-            call["decoder_input"] = embed_for_decoder(
+            call["decoder_input"] = fix().embed_for_decoder(
                 self, call["input_ids"], call.get("position_ids"), call.get("inference_context")
             )
             return original(self, **call)

@@ -52,6 +52,13 @@ def shadow(model, embedding):
     model.__dict__["embedding"] = embedding
 
 
+class NoDecoder(torch.nn.Module):
+    """With `post_process` off, what is left of a model is its input step."""
+
+    def forward(self, hidden_states, **_):
+        return hidden_states
+
+
 class Scaled(LanguageModelEmbedding):
     """As Gemma's: what the stock embedding returns, scaled."""
 

@@ -14,7 +14,6 @@ import torch
 from common import STAND_INS, check_same, check_shard, check_tower, fix
 
 from megatron.core import parallel_state
-from megatron.core.inference.contexts import BaseInferenceContext
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionLayer
 from megatron_sp_fix import models, status
@@ -171,11 +170,11 @@ def collectives(function):
 
 
 def one_collective():
-    plain, tower = models.pair("gpt", position="none", attention=NoDecoder, layers=1)
+    plain, tower = models.pair("gpt", position="none", layers=1)
     data = models.batch(LENGTH)
     # Without a decoder and an output layer, what is left is the embedding's own.
     for model in (plain, tower):
-        model.decoder, model.post_process = NoDecoder(), False
+        model.decoder, model.post_process = common.NoDecoder(), False
     counted = []
     for model in (plain, tower):
         with fix():
@@ -187,14 +186,6 @@ def one_collective():
     assert [sum(c.values()) for c in counted[1]] == [1, 1], counted
     assert "reduce_scatter" in next(iter(counted[1][0])), counted
     assert "allgather" in next(iter(counted[1][1])), counted
-
-
-class NoDecoder(torch.nn.Module):
-    def __init__(self, *_, **__):
-        super().__init__()
-
-    def forward(self, hidden_states, **_):
-        return hidden_states
 
 
 def test_rule_4_one_collective(run):
@@ -349,7 +340,7 @@ def released():
         return out
 
     common.shadow(tower, embed)
-    tower.decoder, tower.post_process = NoDecoder(), False
+    tower.decoder, tower.post_process = common.NoDecoder(), False
     with fix():
         out = models.forward(tower, models.batch(LENGTH))
     gc.collect()
@@ -508,53 +499,6 @@ def sharded_by_a_hook():
 
 def test_rule_10_a_hook_that_shards(run):
     run(sharded_by_a_hook, tp=2)
-
-
-# Inference: padding rows of a quantized dynamic batch.
-
-
-class DynamicContext(BaseInferenceContext):
-    def __init__(self, active, padded):
-        # The base class's own arguments differ between releases, and nothing here reads them.
-        self.padding_slice = slice(active, padded)
-
-    def is_static_batching(self):
-        return False
-
-
-class Reached(Exception):
-    """Carries what the decoder was given."""
-
-
-class StopAtDecoder(torch.nn.Module):
-    def forward(self, hidden_states, **_):
-        raise Reached(hidden_states)
-
-
-def zeroed(active, quantized):
-    _, tower = models.pair("gpt", position="none")
-    tower.decoder = StopAtDecoder()
-    tower.eval()
-    data = models.batch(LENGTH, 1)
-    ids = {"input_ids": data["input_ids"], "position_ids": data["position_ids"]}
-    expected = tower.embedding(**ids).detach()
-    if quantized:
-        tower.config.fp8 = "hybrid"
-        expected[active:] = 0.0
-    expected = expected.chunk(common.tp_size())[common.tp_rank()]
-    with fix(), torch.no_grad():
-        context = DynamicContext(active, LENGTH)
-        more = {"inference_context": context, "runtime_gather_output": True}
-        with pytest.raises(Reached) as reached:
-            tower(**ids, attention_mask=None, **more)
-    (seen,) = reached.value.args
-    assert torch.equal(seen.unwrap() if hasattr(seen, "unwrap") else seen, expected)
-
-
-@pytest.mark.parametrize("quantized", [True, False])
-@pytest.mark.parametrize("active", [3, 8, 11, 16])
-def test_inference_padding_rows_are_zeroed(run, active, quantized):
-    run(zeroed, active, quantized, tp=2)
 
 
 # The same fix whichever group is the model's.

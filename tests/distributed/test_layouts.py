@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every parallelism, checkpoints, odd sizes, faults and threads: a tower is still a plain LM."""
 
+import contextlib
 import copy
 import io
+import multiprocessing
 import pickle
 import sys
 import threading
 
 import pytest
 import torch
-from common import check_same, check_shard, check_tower, fix
+from common import NoDecoder, check_same, check_shard, check_tower, fix, shadow, tp_rank, tp_size
 
 import megatron_sp_fix
 from megatron.core import parallel_state
@@ -25,10 +27,24 @@ def same(kind, length=LENGTH, size=2, config=None, **options):
     check_tower(plain, tower, data, length)
 
 
+@contextlib.contextmanager
+def no_gpu_needed():
+    """For code of megatron-core that moves to a GPU, or waits for one, without a need."""
+    real = torch.Tensor.cuda, torch.cuda.synchronize
+    if torch.distributed.get_backend() == "gloo":
+        torch.Tensor.cuda = lambda self, *_, **__: self
+        torch.cuda.synchronize = lambda: None
+    try:
+        yield
+    finally:
+        torch.Tensor.cuda, torch.cuda.synchronize = real
+
+
 def pipeline(kind):
     """The first stage embeds, the last does not, except for MTP; each against a plain LM's."""
     first = parallel_state.is_pipeline_first_stage()
-    plain, tower = models.pair(kind, pre_process=first, post_process=not first)
+    with no_gpu_needed():  # it ties the weights of MTP's own embedding there
+        plain, tower = models.pair(kind, pre_process=first, post_process=not first)
     data = models.batch(LENGTH)
     received = torch.randn(LENGTH // 2, 2, plain.config.hidden_size).to(data["labels"].device)
     results = []
@@ -38,17 +54,51 @@ def pipeline(kind):
         with fix():
             results.append(models.forward(model, data))
     assert torch.equal(*results)
-    # A stage that does not embed has nothing to mend: show that the fix is on all the same.
-    whole = models.build(kind, False, pre_process=True, post_process=False)
-    with fix():
-        assert models.forward(whole, data).shape[0] == LENGTH // 2
+    if first or kind != "mtp":
+        # A stage that does not embed has nothing to mend: show that the fix is on all the same.
+        whole = models.build("gpt", False, pre_process=True, post_process=False)
+        with fix():
+            assert models.forward(whole, data).shape[0] == LENGTH // 2
 
 
 @pytest.mark.parametrize("kind", [kind for kind in ("gpt", "mtp") if models.has(kind)])
 def test_pipeline_stages(run, kind):
-    if kind == "mtp" and torch.cuda.device_count() < 4:
-        pytest.skip("megatron-core ties the weights of MTP's own embedding on GPUs alone")
     run(pipeline, kind, ranks=4, tp=2, pp=2)
+
+
+def interleaved():
+    """Each rank holds two stages, and only the first of the first rank embeds."""
+    first = parallel_state.is_pipeline_first_stage(ignore_virtual=True)
+    data = models.batch(LENGTH)
+    embedded = 0
+    for stage in (0, 1):
+        parallel_state.set_virtual_pipeline_model_parallel_rank(stage)
+        embeds, ends = first and stage == 0, not first and stage == 1
+        more = {"vp_stage": stage} if "vp_stage" in models.parameters("gpt") else {}
+        plain, tower = models.pair(
+            "gpt",
+            layers=4,
+            pre_process=embeds,
+            post_process=ends,
+            config={"virtual_pipeline_model_parallel_size": 2},
+            model=more,
+        )
+        received = torch.randn(LENGTH // 2, 2, plain.config.hidden_size).to(data["labels"].device)
+        results = []
+        for model in (plain, tower):
+            if not embeds:
+                model.set_input_tensor(received)
+            with fix():
+                results.append(models.forward(model, data))
+        assert torch.equal(*results)
+        if embeds:
+            assert results[1].shape[0] == LENGTH // 2
+            embedded += 1
+    assert embedded == first
+
+
+def test_interleaved_stages(run):
+    run(interleaved, ranks=4, tp=2, pp=2, vpp=2)
 
 
 def context_parallel():
@@ -68,7 +118,7 @@ def test_context_parallel(run):
 MOE = {"num_moe_experts": 4, "add_bias_linear": False}
 
 
-@pytest.mark.skipif(RELEASE == (0, 16), reason="its MoE router needs Transformer Engine")
+@pytest.mark.skipif((0, 13) <= RELEASE <= (0, 16), reason="its MoE router needs Transformer Engine")
 def test_expert_parallel(run):
     run(same, "gpt", LENGTH, 2, MOE, ranks=4, tp=2, ep=2)
 
@@ -81,6 +131,27 @@ def test_one_sequence_as_short_as_tp(run, tp):
 @pytest.mark.skipif(RELEASE < (0, 17), reason="no muP scaling before 0.17")
 def test_mup_scaling(run):
     run(same, "gpt", LENGTH, 2, {"use_mup": True, "mup_embedding_mult": 3.0}, tp=2)
+
+
+def masked_labels():
+    """Positions without a label: the trainer's masked mean fits, as it does on a plain LM."""
+    plain, tower = models.pair("gpt")
+    data = models.batch(LENGTH)
+    weight = torch.zeros_like(data["labels"], dtype=torch.float)
+    weight[0, 5:] = 1.0
+    results = []
+    for model in (plain, tower):
+        with fix() if model is tower else contextlib.nullcontext():
+            model.zero_grad()
+            loss = (models.forward(model, data) * weight).sum() / weight.sum()
+        loss.backward()
+        grads = {f"grad {name}": p.grad for name, p in model.named_parameters()}
+        results.append({"loss": loss.detach(), **grads})
+    check_same(*results)
+
+
+def test_positions_without_a_label(run):
+    run(masked_labels, tp=2)
 
 
 def adapter():
@@ -172,9 +243,33 @@ def test_checkpoints_are_unchanged(run):
     run(checkpoint, tp=2)
 
 
+def distributed_checkpoint(folder):
+    """Saved by a patched tower: an unpatched one and a plain LM load it, at the same bytes."""
+    from megatron.core import dist_checkpointing
+
+    _, tower = models.pair("gpt")
+    data = models.batch(LENGTH)
+    # The writer starts processes, which those that a pool started are not allowed to do.
+    multiprocessing.current_process()._config["daemon"] = False
+    with fix(), no_gpu_needed():
+        expected = models.step(tower, data)
+        dist_checkpointing.save(tower.sharded_state_dict(), folder)
+    torch.manual_seed(9)
+    for scatter in (False, True):
+        other = models.build("gpt", scatter)
+        with contextlib.nullcontext() if scatter else fix():
+            other.load_state_dict(dist_checkpointing.load(other.sharded_state_dict(), folder))
+            check_same(expected, models.step(other, data))
+    check_shard(expected["shard"], LENGTH)
+
+
+@pytest.mark.skipif(RELEASE < (0, 13), reason="0.12 cannot write with this torch, any model")
+def test_distributed_checkpoint_saved_and_loaded(run, tmp_path):
+    run(distributed_checkpoint, str(tmp_path), tp=2)
+
+
 def copies():
     _, tower = models.pair("gpt")
-    # Process groups are neither picklable nor copyable, patched or not.
     embedding_class = type(tower.embedding)
     with fix():
         assert pickle.loads(pickle.dumps(type(tower))) is type(tower)
@@ -188,7 +283,23 @@ def copies():
         # A copy made in the middle of a forward is a tower like any other.
         assert seen[0].embedding is tower.embedding
         check_same(expected, models.step(seen[0], data))
+        tower.zero_grad()
+        # Process groups cannot be copied, patched or not: the copy shares them.
+        groups = {id(g): g for module in tower.modules() for g in held_groups(module)}
+        deep = copy.deepcopy(tower, groups)
+        assert deep.embedding is not tower.embedding
+        check_same(expected, models.step(deep, data))
     check_shard(expected["shard"], LENGTH)
+
+
+def held_groups(module):
+    for value in list(vars(module).values()):
+        if type(value).__name__ in (
+            "ProcessGroup",
+            "ProcessGroupCollection",
+            "ModelCommProcessGroups",
+        ):
+            yield value
 
 
 def test_copies_and_pickles(run):
@@ -198,7 +309,7 @@ def test_copies_and_pickles(run):
 def faults():
     """An exception at each line that runs inside the embedding leaves everything as it was."""
     _, tower = models.pair("gpt", position="none")
-    tower.decoder, tower.post_process = Pass(), False
+    tower.decoder, tower.post_process = NoDecoder(), False
     data = models.batch(LENGTH)
     ids = {"input_ids": data["input_ids"], "position_ids": data["position_ids"]}
     full = tower.embedding(**ids)
@@ -270,14 +381,14 @@ def rounds():
                 and not module.word_embeddings.reduce_scatter_embeddings
             )
 
-    tower.decoder, tower.post_process = Pass(), False
+    tower.decoder, tower.post_process = NoDecoder(), False
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-5)
     thread = threading.Thread(target=outer)
     thread.start()
     try:
         with fix(), torch.no_grad():
-            for _ in range(1000):
+            for _ in range(10_000):
                 shard = models.forward(tower, data)
                 assert shard.shape[0] == LENGTH // 2
     finally:
@@ -287,13 +398,56 @@ def rounds():
     assert len(flags) > 10_000 and all(flags)
 
 
-class Pass(torch.nn.Module):
-    def forward(self, hidden_states, **_):
-        return hidden_states
-
-
 def test_rule_5_ten_thousand_rounds(run):
     run(rounds, tp=2)
+
+
+def raced():
+    """Threads apply and remove as a model runs: a forward is wholly with the fix or without."""
+    _, tower = models.pair("gpt", position="none")
+    tower.decoder, tower.post_process = NoDecoder(), False
+    data = models.batch(LENGTH)
+    full = tower.embedding(data["input_ids"], data["position_ids"]).detach()
+
+    class Computed(torch.nn.Module):
+        """No collective: ranks that are patched at different times must not wait for each other."""
+
+        scatter_to_sequence_parallel = False
+
+        def forward(self, input_ids, position_ids):
+            return full
+
+    shadow(tower, Computed())
+    shard = full.chunk(tp_size())[tp_rank()]
+    stop = threading.Event()
+
+    def race():
+        while not stop.is_set():
+            with fix():
+                pass
+
+    threads = [threading.Thread(target=race) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    outputs = []
+    try:
+        with torch.no_grad():
+            while len(outputs) < 300 or (not any_shard(outputs) and len(outputs) < 3000):
+                outputs.append(models.forward(tower, data))
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    assert all(torch.equal(out, full) or torch.equal(out, shard) for out in outputs)
+    assert any_shard(outputs)
+
+
+def any_shard(outputs):
+    return any(out.shape[0] == LENGTH // tp_size() for out in outputs)
+
+
+def test_apply_and_remove_raced_against_forwards(run):
+    run(raced, tp=2)
 
 
 def subclasses():
