@@ -444,3 +444,22 @@ def distilled():
 @modelopt
 def test_modelopt_distillation(run):
     run(distilled, tp=2)
+
+
+def gemma_4_dense():
+    """Its provider builds a plain LM; with the flag passed on it would embed by itself."""
+    install = load("gemma.modeling_gemma4:_install_ple_forward")
+    for scatter in (True, False):
+        model = models.build("gpt", scatter)
+        install(model)
+        with fix():
+            (found,) = audit(model)
+        if scatter:
+            assert (found.kind, found.covered) == ("plain LM", True), found
+        else:
+            assert not found.covered and "a forward of its own" in found.reason, found
+
+
+@bridge
+def test_gemma_4_dense(run):
+    run(gemma_4_dense, tp=2)
