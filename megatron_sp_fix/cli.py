@@ -6,11 +6,11 @@ import dataclasses
 import importlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Optional
+from typing import NoReturn, Optional
 
-from . import UnsupportedMegatronError, __version__, status
+from . import StartupError, UnsupportedMegatronError, __version__, startup, status
 
 __all__ = ["main"]
 
@@ -19,6 +19,11 @@ _NATIVE = {
     "native": "megatron-core's own scatter",
     "source": "this fix, in the source",
 }
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n")  # one line, without the usage
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
@@ -30,7 +35,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     Returns:
         int: 0, or 1 for a finding; usage errors exit with 2.
     """
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="megatron-sp-fix",
         description="Run a multimodal model's language tower alone under sequence parallelism.",
         epilog="example: megatron-sp-fix demo --tp 2",
@@ -59,6 +64,40 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     command.set_defaults(run=_demo)
 
     command = commands.add_parser(
+        "run",
+        help="run a script or a module of yours with the fix",
+        usage="megatron-sp-fix run [-h] (SCRIPT | -m MODULE) [ARG ...]",
+        description="Run a script, or a module as `python -m` does, with the fix applied as "
+        "megatron-core is imported. All that comes after its name is its own.",
+        epilog="example: torchrun --nproc-per-node 8 -m megatron_sp_fix run train.py --tp 8",
+    )
+    # Whatever follows, options too, is the script's; so both take all.
+    command.add_argument("script", nargs=argparse.REMAINDER, metavar="SCRIPT", help="a file")
+    command.add_argument(
+        "-m", dest="module", nargs=argparse.REMAINDER, metavar="MODULE", help="a module"
+    )
+
+    command = commands.add_parser(
+        "enable",
+        help="give the fix to every process of this environment",
+        description="Put one file into this environment's site-packages, by which every Python "
+        "process that starts, Ray's workers included, gets the fix as it imports megatron-core. "
+        "MEGATRON_SP_FIX=0 switches it off for a process; MEGATRON_SP_FIX=strict makes it raise "
+        "where it cannot be applied, instead of logging an error.",
+        epilog="example: megatron-sp-fix enable && megatron-sp-fix status",
+    )
+    command.set_defaults(run=_enable)
+
+    command = commands.add_parser(
+        "disable",
+        help="take back what enable did",
+        description="Remove the file that `enable` put into this environment's site-packages. "
+        "Processes that run keep the fix.",
+        epilog="example: megatron-sp-fix disable",
+    )
+    command.set_defaults(run=_disable)
+
+    command = commands.add_parser(
         "audit",
         help="list the towers in a model of yours, covered or not",
         description="Call a function that builds a model, and list its language models: whether "
@@ -85,14 +124,18 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 
     arguments = parser.parse_args(argv)
     try:
-        result: int = arguments.run(arguments)
-        return result
+        if arguments.command != "run":
+            result: int = arguments.run(arguments)
+            return result
+        start = _prepare(arguments)
     except ValueError as error:
         print(f"megatron-sp-fix: {error}", file=sys.stderr)
         return 2
-    except UnsupportedMegatronError as error:
+    except (UnsupportedMegatronError, StartupError) as error:
         print(f"megatron-sp-fix: {error}", file=sys.stderr)
         return 1
+    start()  # out here, since its exceptions are its own
+    return 0
 
 
 def _status(arguments: argparse.Namespace) -> int:
@@ -101,11 +144,40 @@ def _status(arguments: argparse.Namespace) -> int:
         print(json.dumps(dataclasses.asdict(found), indent=2))
         return 0
     print(f"megatron-core {found.version} at {found.path}")
+    print(_enabled(found.enabled))
+    otherwise = "patched on import" if startup.installed() else "not patched"
     width = max(len(site.name) for site in found.sites)
     for site in found.sites:
         by = f" (by {', '.join(site.by)})" if site.by else ""
-        patched = "patched" if site.patched else "not patched"
+        patched = "patched" if site.patched else otherwise
         print(f"  {site.name.ljust(width)}  by itself: {_NATIVE[site.native]}; {patched}{by}")
+    return 0
+
+
+def _enabled(file: str) -> str:
+    if not file:
+        return "not enabled for every process"
+    off = "" if startup.installed() else f", but off in this one ({startup.VARIABLE}=0)"
+    return f"enabled for every process by {file}{off}"
+
+
+def _prepare(arguments: argparse.Namespace) -> Callable[[], None]:
+    from .run import prepare
+
+    command = arguments.module or arguments.script
+    if not command:
+        raise ValueError("run: name a script, or a module after -m")
+    return prepare(command, module=bool(arguments.module))
+
+
+def _enable(arguments: argparse.Namespace) -> int:
+    print(_enabled(startup.enable()))
+    return 0
+
+
+def _disable(arguments: argparse.Namespace) -> int:
+    file = startup.disable()
+    print(f"removed {file}" if file else "nothing to remove: it was not enabled")
     return 0
 
 

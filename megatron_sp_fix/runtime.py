@@ -9,12 +9,13 @@ import sys
 import textwrap
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Union
 
+from . import startup
 from .sites import (
     NEWEST,
     OLDEST,
@@ -85,11 +86,13 @@ class Status:
         version: for example ``"0.18.2"``.
         path: the folder that holds ``megatron/core``.
         sites: one entry a call site.
+        enabled: the file by which every process of this environment gets the fix; empty if none.
     """
 
     version: str
     path: str
     sites: tuple[SiteStatus, ...]
+    enabled: str
 
 
 def apply(*, also: Iterable[type] = ()) -> tuple[str, ...]:
@@ -113,10 +116,8 @@ def apply(*, also: Iterable[type] = ()) -> tuple[str, ...]:
             are not recognized; or a class of `also` embeds in a way that passing a shard in would
             skip. Nothing has been replaced then.
     """
-    with _lock:
-        root = installed_root()
-        targets: list[tuple[Found, Optional[type]]] = [(m, None) for m in _supported(root)]
-        return _replace(root, targets + [(_own_site(cls), cls) for cls in also])
+    root = installed_root()
+    return _replace(root, _table(root) + [(_own_site(cls), cls) for cls in also])
 
 
 def apply_to(module: str) -> None:
@@ -127,9 +128,8 @@ def apply_to(module: str) -> None:
     Raises:
         UnsupportedMegatronError: as :func:`apply`, for any of the modules.
     """
-    with _lock:
-        root = installed_root()
-        _replace(root, [(m, None) for m in _supported(root) if m.site.module == module])
+    root = installed_root()
+    _replace(root, [(m, _owner(m)) for m in _supported(root) if m.site.module == module])
 
 
 def remove() -> tuple[str, ...]:
@@ -141,6 +141,7 @@ def remove() -> tuple[str, ...]:
     Returns:
         tuple[str, ...]: the methods restored, as ``module.Class.method``.
     """
+    startup.uninstall()  # or it would patch what is imported from now on
     with _lock:
         restored = []
         for name, patch in list(_patches.items()):
@@ -170,8 +171,10 @@ def applied() -> Iterator[None]:
         UnsupportedMegatronError: as :func:`apply`.
     """
     global _blocks, _undo
+    root = installed_root()
+    targets = _table(root)
     with _lock:
-        changed = apply()
+        changed = _replace(root, targets)
         if _blocks == 0:
             _undo = bool(changed)
         _blocks += 1
@@ -205,7 +208,8 @@ def status() -> Status:
         if ours:
             by.append("megatron_sp_fix")
         sites.append(SiteStatus(site.name, match.form, ours or match.form == "source", tuple(by)))
-    return Status(".".join(map(str, version(root))), str(root), tuple(sites))
+    release = ".".join(map(str, version(root)))
+    return Status(release, str(root), tuple(sites), startup.enabled())
 
 
 def covers(cls: type, method: str) -> bool:
@@ -214,50 +218,68 @@ def covers(cls: type, method: str) -> bool:
     return bool(patch and patch.active and patch.owner is cls)
 
 
-def _replace(root: Path, targets: list[tuple[Found, Optional[type]]]) -> tuple[str, ...]:
-    """Replace the methods of call sites; of the class given, or of the one the table names."""
-    pending: list[tuple[str, _Patch]] = []
-    notes: list[str] = []
-    for match, owner in targets:
-        site = match.site
-        if match.form == "source":
-            notes.append(f"{site.name} is patched in its source")
-            continue
-        try:
-            owner = owner or getattr(importlib.import_module(site.module), site.cls)
-        except ImportError as error:
-            # As 0.12 without Transformer Engine: nobody can use that model here.
-            notes.append(f"{site.name} cannot be imported ({error})")
-            continue
-        key = f"{site.module}.{site.name}"
-        current = owner.__dict__[site.method]
-        known = _patches.get(key)
-        if known and known.owner is owner:
-            if known.active:
-                if current is not known.replacement:
-                    notes.append(f"{site.name} carries a later patch by {_author(current)}")
-                continue
-            if current in (known.replacement, known.covered_by):
-                pending.append((key, known))
-                continue
-        patch = _Patch(owner, site.method, current)
-        patch.replacement = _replacement(patch, match)
-        pending.append((key, patch))
+def _table(root: Path) -> list[tuple[Found, Union[type, ImportError]]]:
+    """The call sites of the table with their classes.
 
-    for name, patch in pending:
-        _patches[name] = patch
-        patch.active = True
-        if patch.owner.__dict__[patch.method] is patch.original:
-            setattr(patch.owner, patch.method, patch.replacement)
-    if pending or notes:
-        short = [f"{patch.owner.__name__}.{patch.method}" for _, patch in pending]
-        _log.info(
-            "megatron-core %s at %s: %s",
-            ".".join(map(str, version(root))),
-            root,
-            "; ".join(([f"patched {', '.join(short)}"] if short else []) + notes),
-        )
-    return tuple(name for name, _ in pending)
+    Not to be called under the lock: a thread that imports one of them may wait for it in its hook.
+    """
+    return [(match, _owner(match)) for match in _supported(root)]
+
+
+def _owner(match: Found) -> Union[type, ImportError]:
+    """Import the class of a call site that is to be patched, or tell why it cannot be."""
+    try:
+        owner: type = getattr(importlib.import_module(match.site.module), match.site.cls)
+    except ImportError as error:
+        # As 0.12 without Transformer Engine: nobody can use that model here.
+        return error
+    return owner
+
+
+def _replace(
+    root: Path, targets: Sequence[tuple[Found, Union[type, ImportError]]]
+) -> tuple[str, ...]:
+    """Replace the methods of call sites in their classes, all or none."""
+    with _lock:
+        pending: list[tuple[str, _Patch]] = []
+        notes: list[str] = []
+        for match, owner in targets:
+            site = match.site
+            if match.form == "source":
+                notes.append(f"{site.name} is patched in its source")
+                continue
+            if isinstance(owner, ImportError):
+                notes.append(f"{site.name} cannot be imported ({owner})")
+                continue
+            key = f"{site.module}.{site.name}"
+            current = owner.__dict__[site.method]
+            known = _patches.get(key)
+            if known and known.owner is owner:
+                if known.active:
+                    if current is not known.replacement:
+                        notes.append(f"{site.name} carries a later patch by {_author(current)}")
+                    continue
+                if current in (known.replacement, known.covered_by):
+                    pending.append((key, known))
+                    continue
+            patch = _Patch(owner, site.method, current)
+            patch.replacement = _replacement(patch, match)
+            pending.append((key, patch))
+
+        for name, patch in pending:
+            _patches[name] = patch
+            patch.active = True
+            if patch.owner.__dict__[patch.method] is patch.original:
+                setattr(patch.owner, patch.method, patch.replacement)
+        if pending or notes:
+            short = [f"{patch.owner.__name__}.{patch.method}" for _, patch in pending]
+            _log.info(
+                "megatron-core %s at %s: %s",
+                ".".join(map(str, version(root))),
+                root,
+                "; ".join(([f"patched {', '.join(short)}"] if short else []) + notes),
+            )
+        return tuple(name for name, _ in pending)
 
 
 def _own_site(cls: type) -> Found:

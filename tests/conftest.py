@@ -1,7 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Options of the whole suite."""
 
+import dataclasses
 import os
+import sys
+import venv
+from pathlib import Path
 
 import pytest
 
@@ -25,3 +29,25 @@ def _quiet():
     import logging
 
     logging.getLogger("megatron").setLevel(logging.ERROR)
+
+
+@dataclasses.dataclass
+class Environment:
+    """A virtual environment of its own, in which what this one has can be imported."""
+
+    folder: Path
+    python: str
+    variables: dict[str, str]
+
+
+@pytest.fixture
+def environment(tmp_path):
+    folder = tmp_path / "environment"
+    venv.create(folder, symlinks=True, with_pip=False)
+    python = str(folder / "bin/python")
+    (packages,) = folder.glob("lib/python*/site-packages")
+    here = [path for path in sys.path if os.path.isdir(path)]
+    # By a name that `site` reads before that of the file which `enable` writes.
+    (packages / "_paths.pth").write_text("\n".join([*here, str(Path(__file__).parents[1])]))
+    variables = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "UNPATCHED")}
+    return Environment(tmp_path, python, variables)
