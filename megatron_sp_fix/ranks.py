@@ -167,6 +167,9 @@ def setup(
 ) -> None:
     """Make this process a rank: process groups, device and random state.
 
+    Over NCCL where there is a GPU for each rank, else over gloo on CPUs. With ``SHARE_GPU=1`` in
+    the environment ranks share what GPUs there are, at the speed of sockets.
+
     Args:
         rank: this process's rank.
         ranks: the number of ranks.
@@ -181,9 +184,14 @@ def setup(
 
     from megatron.core import parallel_state, tensor_parallel
 
-    gpu = torch.cuda.device_count() >= ranks
+    gpus = torch.cuda.device_count()
+    gpu = gpus >= ranks
+    if 0 < gpus < ranks and os.environ.get("SHARE_GPU") == "1":
+        # NCCL wants a GPU for each rank of a host: let each rank call itself a host.
+        os.environ["NCCL_HOSTID"] = f"rank {rank}"
+        gpu = True
     if gpu:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", rank)))
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", rank)) % gpus)
     else:
         torch.set_num_threads(1)
         # megatron-core allocates what a collective fills on "the current CUDA device".

@@ -16,11 +16,13 @@ def pytest_addoption(parser):
         action="store_true",
         help="leave the fix off: every distributed test must fail on a release with the bug",
     )
+    parser.addoption("--bf16", action="store_true", help="build models in bfloat16")
 
 
 def pytest_configure(config):
     # The ranks are processes of their own and inherit it.
     os.environ["UNPATCHED"] = "1" if config.getoption("--unpatched") else ""
+    os.environ["BF16"] = "1" if config.getoption("--bf16") else ""
     os.environ.setdefault("PYTHONWARNINGS", "ignore")
 
 

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A pool of ranks for the session (one a pytest-xdist worker)."""
 
+import os
+
 import pytest
 import torch
 
@@ -10,7 +12,8 @@ from megatron_sp_fix.ranks import Ranks
 @pytest.fixture(scope="session")
 def pool():
     gpus = torch.cuda.device_count()
-    with Ranks(min(gpus, 4) if gpus else 4) as ranks:
+    shared = os.environ.get("SHARE_GPU") == "1"
+    with Ranks(min(gpus, 4) if gpus and not shared else 4) as ranks:
         yield ranks
 
 

@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What only a GPU can show: the CUDA random state, recomputation, CUDA graphs, compiled decoders.
+
+The rest of the suite runs over NCCL, too, on a machine with two GPUs or more.
+"""
+
+import pytest
+import torch
+from common import NoDecoder, check_same, check_shard, check_tower, fix, tp_rank
+
+from megatron_sp_fix import models, status
+
+LENGTH = 16
+RELEASE = tuple(int(part) for part in status().version.split(".")[:2])
+pytestmark = pytest.mark.skipif(torch.cuda.device_count() == 0, reason="needs a GPU")
+KINDS = [kind for kind in models.KINDS if models.has(kind)]
+
+
+def same(kind, config):
+    plain, tower = models.pair(kind, config={"hidden_dropout": 0.1, **config})
+    check_tower(plain, tower, models.batch(LENGTH), LENGTH)
+
+
+@pytest.mark.parametrize("tp", [2, 4])
+@pytest.mark.parametrize("kind", KINDS)
+def test_dropout_in_the_cuda_random_state(run, kind, tp):
+    run(same, kind, {}, tp=tp)
+
+
+RECOMPUTE = {
+    "full": {
+        "recompute_granularity": "full",
+        "recompute_method": "uniform",
+        "recompute_num_layers": 1,
+    },
+    "selective": {"recompute_granularity": "selective"},
+}
+
+
+@pytest.mark.parametrize("granularity", RECOMPUTE)
+@pytest.mark.parametrize("kind", KINDS)
+def test_recomputation(run, kind, granularity):
+    run(same, kind, RECOMPUTE[granularity], tp=2)
+
+
+def compiled():
+    plain, tower = models.pair("gpt")
+    for model in (plain, tower):
+        model.decoder = torch.compile(model.decoder)
+    check_tower(plain, tower, models.batch(LENGTH), LENGTH)
+
+
+def test_compiled_decoder(run):
+    run(compiled, tp=2, timeout=300)
+
+
+def graphed():
+    """The model's input step, captured and replayed with other tokens."""
+    plain, tower = models.pair("gpt", position="none")
+    data = [models.batch(LENGTH, seed=seed) for seed in range(3)]
+    for model in (plain, tower):
+        model.decoder, model.post_process = NoDecoder(), False
+        model.eval()
+    with fix(), torch.no_grad():
+        expected = [models.forward(plain, each) for each in data]
+        ids = {name: tensor.clone() for name, tensor in data[0].items()}
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            models.forward(tower, ids)
+        stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            shard = models.forward(tower, ids)
+        for each, out in zip(data, expected):
+            for name, tensor in each.items():
+                ids[name].copy_(tensor)
+            graph.replay()
+            torch.cuda.synchronize()
+            assert torch.equal(shard, out)
+    check_shard(shard, LENGTH)
+
+
+def test_captured_in_a_cuda_graph(run):
+    run(graphed, tp=2)
+
+
+def layers_graphed(field):
+    """megatron-core's own graphs of each layer: recorded in the first step, replayed after."""
+    from megatron.core.tensor_parallel.random import initialize_rng_tracker
+    from megatron.core.transformer.cuda_graphs import create_cudagraphs, delete_cuda_graphs
+
+    initialize_rng_tracker(use_cudagraphable_rng=True, force_reset=True)
+    plain, tower = models.pair("gpt", config=field)
+    data = models.batch(LENGTH)
+    results = []
+    for model in (plain, tower):
+        with fix():
+            models.step(model, data)
+            create_cudagraphs()
+            results.append(models.step(model, data))
+        delete_cuda_graphs()
+    check_same(*results)
+    check_shard(results[1]["shard"], LENGTH)
+
+
+@pytest.mark.skipif(RELEASE < (0, 16), reason="no local CUDA graphs of this form before 0.16")
+def test_local_cuda_graphs(run):
+    run(layers_graphed, {"cuda_graph_impl": "local"}, tp=2)
+
+
+def dynamic(quantized):
+    """Real contexts of dynamic batching: a prefill, then a decode of every request."""
+    from megatron.core.inference.config import InferenceConfig
+    from megatron.core.inference.contexts import DynamicInferenceContext
+    from megatron.core.inference.inference_request import DynamicInferenceRequest
+    from megatron.core.inference.sampling_params import SamplingParams
+    from megatron.core.inference.utils import InferenceMode
+
+    plain, tower = models.pair("gpt", position="none")
+    for model in (plain, tower):
+        model.eval()
+        model.decoder, model.post_process = NoDecoder(), False
+        if quantized:
+            model.config.fp8 = "hybrid"
+    context = DynamicInferenceContext(
+        plain.config,
+        InferenceConfig(max_sequence_length=64, buffer_size_gb=0.05, max_requests=8, max_tokens=64),
+    )
+    for number in range(3):
+        context.add_request(
+            DynamicInferenceRequest(
+                request_id=number,
+                prompt_tokens=torch.arange(7, device="cuda") + number,
+                sampling_params=SamplingParams(num_tokens_to_generate=4),
+            )
+        )
+    padded = 0
+    with torch.no_grad(), InferenceMode.active():
+        for _ in range(2):
+            context.initialize_attention_state()
+            ids, positions = context.current_input_and_position_ids()
+            ids = ids % models.VOCAB
+            outputs = []
+            for model in (plain, tower):
+                call = {"input_ids": ids, "position_ids": positions, "attention_mask": None}
+                with fix():
+                    out = model(**call, inference_context=context, runtime_gather_output=True)
+                outputs.append(getattr(out, "tensor", out))
+            start, stop, _ = context.padding_slice.indices(ids.shape[1])
+            expected, actual = outputs
+            if quantized:
+                # The plain LM's are wrong: it counts rows of the sequence on a shard.
+                offset = tp_rank() * expected.shape[0]
+                expected[max(start - offset, 0) : max(stop - offset, 0)] = 0.0
+            assert actual.shape[0] == ids.shape[1] // 2
+            assert torch.equal(expected, actual)
+            padded += stop - start
+            active = torch.ones(3, dtype=torch.int32)
+            context.update_requests(active, torch.arange(3))
+    assert padded > 0
+
+
+@pytest.mark.skipif(RELEASE < (0, 18), reason="contexts are made in another way before 0.18")
+@pytest.mark.parametrize("quantized", [False, True])
+def test_dynamic_context_prefill_and_decode(run, quantized):
+    run(dynamic, quantized, tp=2)
