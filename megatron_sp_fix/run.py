@@ -3,13 +3,12 @@
 
 import builtins
 import os
-import runpy
 import sys
 import types
 from collections.abc import Callable, Sequence
 from importlib.machinery import SourceFileLoader
 from importlib.util import find_spec
-from typing import Optional
+from typing import Any, Optional
 
 from . import startup
 
@@ -35,48 +34,59 @@ def prepare(command: Sequence[str], *, module: bool = False) -> Callable[[], Non
     # What plain Python puts in front; nothing under `-P` or PYTHONSAFEPATH.
     if not getattr(sys.flags, "safe_path", False):
         sys.path[0] = os.getcwd() if module else os.path.dirname(os.path.realpath(path))
-    if module and not _exists(name):
-        raise ValueError(f"no module named {name!r}")
-    if not module and not os.path.isfile(path):
-        raise ValueError(f"no script {path}")
-    sys.argv = list(command)
+    get_code, names = _module(name) if module else _script(path)
+    sys.argv = [names["__file__"] if module else name, *command[1:]]
     startup.install(strict=True)
 
     def start() -> None:
-        if module:
-            runpy.run_module(name, run_name="__main__", alter_sys=True)
-        else:
-            _run_script(path)
+        # Not by runpy, whose `__main__` is gone while the script's threads still use it, and which
+        # has one string for `sys.argv[0]`, as it was given, and for `__file__`, which is absolute.
+        main = types.ModuleType("__main__")
+        vars(main).update(names, __builtins__=builtins)
+        sys.modules["__main__"] = main
+        exec(get_code(), vars(main))
 
-    _cut_frames_above({start.__code__, _run_script.__code__})
+    _cut_frames_above({start.__code__, get_code.__code__})
     return start
 
 
-def _run_script(path: str) -> None:
-    # Not `runpy.run_path`: it has one string for `sys.argv[0]`, which stays as it was given, and
-    # for `__file__`, which is absolute; and its `__main__` is gone while threads still use it.
-    main = types.ModuleType("__main__")
-    vars(main).update(
-        __file__=path,
-        __builtins__=builtins,
-        __loader__=SourceFileLoader("__main__", path),
-        __cached__=None,
-    )
-    sys.modules["__main__"] = main
-    with open(path, "rb") as stream:
-        code = compile(stream.read(), path, "exec")
-    exec(code, vars(main))
+_Main = tuple[Callable[[], Any], dict[str, Any]]
 
 
-def _exists(module: str) -> bool:
+def _script(path: str) -> _Main:
+    if not os.path.isfile(path):
+        raise ValueError(f"no script {path}")
+
+    def get_code() -> types.CodeType:
+        with open(path, "rb") as stream:
+            return compile(stream.read(), path, "exec")
+
+    loader = SourceFileLoader("__main__", path)
+    return get_code, {"__file__": path, "__loader__": loader, "__cached__": None}
+
+
+def _module(name: str) -> _Main:
     try:
-        return find_spec(module) is not None
+        spec = find_spec(name)
+        if spec and spec.submodule_search_locations is not None:
+            name += ".__main__"
+            spec = find_spec(name)
     except ModuleNotFoundError:
-        return False
+        spec = None
+    loader: Any = spec and spec.loader
+    if spec is None or not hasattr(loader, "get_code"):
+        raise ValueError(f"no module named {name!r} that can be run")
+    return lambda: loader.get_code(name), {
+        "__file__": spec.origin,
+        "__loader__": loader,
+        "__cached__": spec.cached,
+        "__package__": spec.parent,
+        "__spec__": spec,
+    }
 
 
 def _cut_frames_above(codes: set[types.CodeType]) -> None:
-    """Let the tracebacks of uncaught exceptions begin where those of a plain run begin."""
+    """Let the tracebacks of uncaught exceptions begin below the frames of these codes."""
     show = sys.excepthook
 
     def excepthook(
@@ -86,6 +96,6 @@ def _cut_frames_above(codes: set[types.CodeType]) -> None:
         while node is not None:
             rest = node.tb_next if node.tb_frame.f_code in codes else rest
             node = node.tb_next
-        show(kind, error, rest)
+        show(kind, error.with_traceback(rest), rest)  # Python's own reads the exception's
 
     sys.excepthook = excepthook

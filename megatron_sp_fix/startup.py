@@ -42,6 +42,7 @@ class _Finder:
 
     def __init__(self, strict: bool) -> None:
         self.strict = strict
+        self.failed = False  # it has said so; modules that were being loaded are still to come
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -78,6 +79,8 @@ class _Finder:
 
     def _patch(self, name: str) -> None:
         """Patch a loaded module; a failure leaves all of megatron-core as it was."""
+        if self.failed:
+            return
         try:
             mode = os.environ.get(VARIABLE, "")
             if mode not in ("", "1", "strict"):
@@ -91,7 +94,8 @@ class _Finder:
     def _give_up(self, error: Exception) -> None:
         from .runtime import remove
 
-        remove()  # this finder, too
+        self.failed = True
+        remove()  # and takes this finder out
         if self.strict:
             raise error
         import logging
