@@ -4,10 +4,14 @@
 The rest of the suite runs over NCCL, too, on a machine with two GPUs or more.
 """
 
+import contextlib
+import inspect
+
 import pytest
 import torch
 from common import NoDecoder, check_same, check_shard, check_tower, fix, tp_rank
 
+from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionLayer
 from megatron_sp_fix import models, status
 
 LENGTH = 16
@@ -40,18 +44,37 @@ RECOMPUTE = {
 @pytest.mark.parametrize("granularity", RECOMPUTE)
 @pytest.mark.parametrize("kind", KINDS)
 def test_recomputation(run, kind, granularity):
+    takes = inspect.signature(MultiTokenPredictionLayer._checkpointed_forward).parameters
+    if (kind, granularity) == ("mtp", "full") and not {"padding_mask", "kwargs"} & takes.keys():
+        pytest.skip("this release cannot recompute MTP, plain LMs too")
     run(same, kind, RECOMPUTE[granularity], tp=2)
 
 
-def compiled():
+def compiled(backend):
+    import torch._inductor.config
+
+    torch._inductor.config.compile_threads = 1  # a rank of the pool may not start processes
     plain, tower = models.pair("gpt")
     for model in (plain, tower):
-        model.decoder = torch.compile(model.decoder)
+        model.decoder = torch.compile(model.decoder, backend=backend)
     check_tower(plain, tower, models.batch(LENGTH), LENGTH)
 
 
-def test_compiled_decoder(run):
-    run(compiled, tp=2, timeout=300)
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_decoder(run, backend):
+    run(compiled, backend, tp=2)
+
+
+@contextlib.contextmanager
+def random_state_for_graphs():
+    """Dropout's, which the default one of megatron-core forbids to capture."""
+    from megatron.core.tensor_parallel import random
+
+    for graphs in (True, False):
+        random.initialize_rng_tracker(use_cudagraphable_rng=graphs, force_reset=True)
+        random.model_parallel_cuda_manual_seed(1234)
+        if graphs:
+            yield
 
 
 def graphed():
@@ -61,7 +84,7 @@ def graphed():
     for model in (plain, tower):
         model.decoder, model.post_process = NoDecoder(), False
         model.eval()
-    with fix(), torch.no_grad():
+    with random_state_for_graphs(), fix(), torch.no_grad():
         expected = [models.forward(plain, each) for each in data]
         ids = {name: tensor.clone() for name, tensor in data[0].items()}
         stream = torch.cuda.Stream()
@@ -84,21 +107,20 @@ def test_captured_in_a_cuda_graph(run):
     run(graphed, tp=2)
 
 
-def layers_graphed(field):
+def layers_graphed(config):
     """megatron-core's own graphs of each layer: recorded in the first step, replayed after."""
-    from megatron.core.tensor_parallel.random import initialize_rng_tracker
     from megatron.core.transformer.cuda_graphs import create_cudagraphs, delete_cuda_graphs
 
-    initialize_rng_tracker(use_cudagraphable_rng=True, force_reset=True)
-    plain, tower = models.pair("gpt", config=field)
-    data = models.batch(LENGTH)
-    results = []
-    for model in (plain, tower):
-        with fix():
-            models.step(model, data)
-            create_cudagraphs()
-            results.append(models.step(model, data))
-        delete_cuda_graphs()
+    with random_state_for_graphs():
+        plain, tower = models.pair("gpt", config=config)
+        data = models.batch(LENGTH)
+        results = []
+        for model in (plain, tower):
+            with fix():
+                models.step(model, data)
+                create_cudagraphs()
+                results.append(models.step(model, data))
+            delete_cuda_graphs()
     check_same(*results)
     check_shard(results[1]["shard"], LENGTH)
 
@@ -145,7 +167,7 @@ def dynamic(quantized):
                 call = {"input_ids": ids, "position_ids": positions, "attention_mask": None}
                 with fix():
                     out = model(**call, inference_context=context, runtime_gather_output=True)
-                outputs.append(getattr(out, "tensor", out))
+                outputs.append(out.unwrap() if hasattr(out, "unwrap") else out)
             start, stop, _ = context.padding_slice.indices(ids.shape[1])
             expected, actual = outputs
             if quantized:
