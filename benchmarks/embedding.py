@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model's input step: from token ids to what the decoder takes, in bf16, one sequence.
+
+The real forward runs, with a decoder that passes on what it is given: a plain LM, a tower with this
+fix, a tower with the release's own fix, and the reduce-scatter alone (backward: the all-gather),
+which none of them can beat.
+
+Example:
+    SHARE_GPU=1 python benchmarks/embedding.py      # two ranks, though there is one GPU
+    torchrun --nproc-per-node 2 benchmarks/embedding.py
+    python benchmarks/embedding.py --local-kernels
+"""
+
+import argparse
+from typing import Any
+
+import common
+import torch
+
+
+class Pass(torch.nn.Module):
+    """A decoder that does nothing."""
+
+    def forward(self, hidden_states: torch.Tensor, **_: Any) -> torch.Tensor:
+        """Return what the decoder is given."""
+        return hidden_states
+
+
+def measure(options: argparse.Namespace) -> list[tuple]:
+    """Measure all variants at all lengths: (length, variant, figures)."""
+    from megatron_sp_fix import models
+
+    plain, tower = (
+        models.build(
+            "gpt",
+            scatter,
+            position="none",
+            layers=1,
+            post_process=False,
+            config=common.config(options, num_attention_heads=options.ranks, ffn_hidden_size=64),
+            model={"vocab_size": options.vocabulary},
+        )
+        for scatter in (True, False)
+    )
+    for model in (plain, tower):
+        model.decoder = Pass()
+    tower.load_state_dict(plain.state_dict())
+    rows = []
+    with common.fixed(tower) as native:
+        for length in options.lengths:
+            if not options.cpu:
+                torch.cuda.empty_cache()
+            variants = at(length, plain, tower, native, options)
+            if not options.local_kernels:  # where shards hold no sums
+                with torch.no_grad():
+                    expected, *others = (v.forward() for v in variants.values() if v.model)
+                assert all(torch.equal(expected, shard) for shard in others)
+                del expected, others
+            figures = common.compare(variants, options)
+            rows += [(length, name, of) for name, of in figures.items()]
+    return rows
+
+
+def at(length: int, plain: Any, tower: Any, native: Any, options: argparse.Namespace) -> dict:
+    """The variants at one length."""
+    data = common.tokens(length, options.vocabulary)
+    del data["labels"]
+    like = {"dtype": torch.bfloat16, "device": torch.cuda.current_device()}
+    full = torch.ones(length, 1, options.hidden, **like)
+    shard = torch.ones(length // options.ranks, 1, options.hidden, **like)
+
+    def embeds(model: Any) -> common.Variant:
+        return common.Variant(lambda: model(**data), lambda out: out.backward(shard), model)
+
+    models = {"plain LM": plain, "tower, this fix": tower, "tower, native fix": native}
+    variants = {name: embeds(model) for name, model in models.items() if model}
+    if options.local_kernels:
+        return variants
+    from megatron.core.parallel_state import get_tensor_model_parallel_group
+
+    group = get_tensor_model_parallel_group()
+    summed, gathered = torch.empty_like(shard), torch.empty_like(full)
+
+    def scatter() -> torch.Tensor:
+        torch.distributed.reduce_scatter_tensor(summed, full, group=group)
+        return summed
+
+    def gather(_: torch.Tensor) -> None:
+        torch.distributed.all_gather_into_tensor(gathered, shard, group=group)
+
+    variants["reduce-scatter alone"] = common.Variant(scatter, gather)
+    return variants
+
+
+if __name__ == "__main__":
+    import embedding  # by its name, so that the ranks can import it
+
+    common.run(
+        "embedding",
+        embedding.measure,
+        common.parse(
+            __doc__.splitlines()[0],
+            lengths=[2**power for power in range(12, 18)],
+            hidden=4096,
+            vocabulary=152064,
+        ),
+    )

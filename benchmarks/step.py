@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A training step (forward, loss, backward) of a tower of four layers, in bf16, one sequence.
+
+A plain LM, a tower with this fix, a tower with the release's own fix, and a tower with sequence
+parallelism off, which is how people get by without a fix.
+
+Example:
+    SHARE_GPU=1 python benchmarks/step.py --rounds 3  # two ranks, though there is one GPU
+    torchrun --nproc-per-node 2 benchmarks/step.py
+    python benchmarks/step.py --local-kernels
+"""
+
+import argparse
+from typing import Any
+
+import common
+import torch
+
+PLAIN = "plain LM"
+
+
+def measure(options: argparse.Namespace) -> list[tuple]:
+    """Measure all variants at all lengths: (length, variant, figures)."""
+    from megatron_sp_fix import models
+
+    def build(scatter: bool, **config: Any) -> Any:
+        return models.build(
+            "gpt",
+            scatter,
+            layers=options.layers,
+            config=common.config(
+                options,
+                ffn_hidden_size=options.ffn,
+                num_attention_heads=options.heads,
+                num_query_groups=options.groups,
+                gated_linear_unit=True,
+                activation_func=torch.nn.functional.silu,
+                add_bias_linear=False,
+                **config,
+            ),
+            model={"vocab_size": options.vocabulary, "max_sequence_length": max(options.lengths)},
+        )
+
+    plain, tower, off = build(True), build(False), build(False, sequence_parallel=False)
+    for model in (tower, off):
+        model.load_state_dict(plain.state_dict())
+
+    def steps(model: Any, data: dict[str, Any]) -> common.Variant:
+        return common.Variant(
+            lambda: model(**data).float().mean(), lambda loss: loss.backward(), model
+        )
+
+    rows = []
+    with common.fixed(tower) as native:
+        models_of = {
+            PLAIN: plain,
+            "tower, this fix": tower,
+            "tower, native fix": native,
+            "tower, SP off": off,
+        }
+        for length in options.lengths:
+            if not options.cpu:
+                torch.cuda.empty_cache()
+            data = common.tokens(length, options.vocabulary)
+            variants = {name: steps(model, data) for name, model in models_of.items() if model}
+            figures = common.compare(variants, options)
+            losses = {name: of.pop("loss") for name, of in figures.items()}
+            if not options.local_kernels:  # where there is anything in what a rank receives
+                for name, of in figures.items():
+                    # A float32 in a Python float: equal if and only if all bits are.
+                    of["loss"], of["loss_is_plain"] = losses[name], losses[name] == losses[PLAIN]
+                assert figures["tower, this fix"]["loss_is_plain"]
+            rows += [(length, name, of) for name, of in figures.items()]
+    return rows
+
+
+if __name__ == "__main__":
+    import step  # by its name, so that the ranks can import it
+
+    common.run(
+        "step",
+        step.measure,
+        common.parse(
+            __doc__.splitlines()[0],
+            lengths=[8192, 32768],
+            hidden=4096,
+            ffn=12288,
+            heads=32,
+            groups=8,
+            layers=4,
+            vocabulary=32768,
+        ),
+    )
