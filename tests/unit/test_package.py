@@ -75,12 +75,16 @@ def test_usage_errors(capsys, arguments, message):
 
 
 @pytest.mark.parametrize("arguments", [[], ["frobnicate"], ["demo", "--tp", "x"]])
-def test_argparse_errors(arguments):
+def test_argparse_errors(capsys, arguments):
     with pytest.raises(SystemExit, match="2"):
         cli.main(arguments)
+    assert capsys.readouterr().err.count("\n") == 1
 
 
-@pytest.mark.parametrize("command", [[], ["status"], ["demo"]])
+COMMANDS = ["status", "demo", "run", "enable", "disable", "audit", "diff"]
+
+
+@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])
 def test_help_gives_an_example_and_fits(capsys, monkeypatch, command):
     monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit, match="0"):
