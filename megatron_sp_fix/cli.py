@@ -5,12 +5,14 @@ import argparse
 import dataclasses
 import importlib
 import json
+import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn, Optional
 
 from . import StartupError, UnsupportedMegatronError, __version__, startup, status
+from .run import UsageError, prepare
 
 __all__ = ["main"]
 
@@ -71,11 +73,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         "megatron-core is imported. All that comes after its name is its own.",
         epilog="example: torchrun --nproc-per-node 8 -m megatron_sp_fix run train.py --tp 8",
     )
-    # Whatever follows, options too, is the script's; so both take all.
-    command.add_argument("script", nargs=argparse.REMAINDER, metavar="SCRIPT", help="a file")
-    command.add_argument(
-        "-m", dest="module", nargs=argparse.REMAINDER, metavar="MODULE", help="a module"
-    )
+    # For the help alone: argparse would take the script's own options for this one's.
+    command.add_argument("script", metavar="SCRIPT", help="a file")
+    command.add_argument("-m", metavar="MODULE", help="a module")
 
     command = commands.add_parser(
         "enable",
@@ -122,13 +122,15 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     )
     command.set_defaults(run=_diff)
 
-    arguments = parser.parse_args(argv)
+    argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        if arguments.command != "run":
+        if argv[:1] == ["run"] and argv[1:] not in (["-h"], ["--help"]):
+            start = prepare(argv[1:])
+        else:
+            arguments = parser.parse_args(argv)
             result: int = arguments.run(arguments)
             return result
-        start = _prepare(arguments)
-    except ValueError as error:
+    except UsageError as error:
         print(f"megatron-sp-fix: {error}", file=sys.stderr)
         return 2
     except (UnsupportedMegatronError, StartupError) as error:
@@ -144,8 +146,13 @@ def _status(arguments: argparse.Namespace) -> int:
         print(json.dumps(dataclasses.asdict(found), indent=2))
         return 0
     print(f"megatron-core {found.version} at {found.path}")
-    print(_enabled(found.enabled))
-    otherwise = "patched on import" if startup.installed() else "not patched"
+    off = _off()
+    if found.enabled:
+        but = f", but not in this one: {off}" if off else ""
+        print(f"enabled for every process by {found.enabled}{but}")
+    else:
+        print("not enabled for every process")
+    otherwise = "not patched" if off else "patched on import"
     width = max(len(site.name) for site in found.sites)
     for site in found.sites:
         by = f" (by {', '.join(site.by)})" if site.by else ""
@@ -154,24 +161,16 @@ def _status(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _enabled(file: str) -> str:
-    if not file:
-        return "not enabled for every process"
-    off = "" if startup.installed() else f", but off in this one ({startup.VARIABLE}=0)"
-    return f"enabled for every process by {file}{off}"
-
-
-def _prepare(arguments: argparse.Namespace) -> Callable[[], None]:
-    from .run import prepare
-
-    command = arguments.module or arguments.script
-    if not command:
-        raise ValueError("run: name a script, or a module after -m")
-    return prepare(command, module=bool(arguments.module))
+def _off() -> str:
+    """Why this process will not be patched by the import hook; empty if it will."""
+    mode = os.environ.get(startup.VARIABLE, "")
+    if mode not in ("", "1", "strict"):
+        return f"{startup.VARIABLE}={mode}"
+    return "" if startup.installed() else "it has not read that"
 
 
 def _enable(arguments: argparse.Namespace) -> int:
-    print(_enabled(startup.enable()))
+    print(f"every process of this environment has the fix now, by {startup.enable()}")
     return 0
 
 
@@ -186,14 +185,17 @@ def _audit(arguments: argparse.Namespace) -> int:
 
     module, _, factory = arguments.factory.partition(":")
     if not factory:
-        raise ValueError(f"{arguments.factory!r} is not MODULE:FACTORY")
+        raise UsageError(f"{arguments.factory!r} is not MODULE:FACTORY")
     sys.path.insert(0, "")
     try:
         build = getattr(importlib.import_module(module), factory)
     except (ImportError, AttributeError) as error:
-        raise ValueError(f"{arguments.factory}: {error}") from error
+        raise UsageError(f"{arguments.factory}: {error}") from error
     apply()
     towers = audit(build())
+    if not towers:
+        print("no language model found")
+        return 1
     for tower in towers:
         mark = "covered" if tower.covered else "NOT COVERED"
         embedding = tower.embedding or "no embedding"
@@ -207,7 +209,10 @@ def _diff(arguments: argparse.Namespace) -> int:
     from .source import diff, mail
 
     root = arguments.root or installed_root()
-    text = mail(root) if arguments.format == "mail" else diff(root)
+    try:
+        text = mail(root) if arguments.format == "mail" else diff(root)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
     if not text:
         print(f"megatron-sp-fix: {root} carries the fix already", file=sys.stderr)
     # As bytes: a text stream would change the line ends of a file that has \r\n.
@@ -218,4 +223,7 @@ def _diff(arguments: argparse.Namespace) -> int:
 def _demo(arguments: argparse.Namespace) -> int:
     from .demo import demo
 
-    return demo(arguments.tp)
+    try:
+        return demo(arguments.tp)
+    except ValueError as error:
+        raise UsageError(str(error)) from error

@@ -8,41 +8,51 @@ import types
 from collections.abc import Callable, Sequence
 from importlib.machinery import SourceFileLoader
 from importlib.util import find_spec
-from typing import Any, Optional
+from typing import Any, Optional, cast
 
 from . import startup
 
-__all__ = ["prepare"]
+__all__ = ["UsageError", "prepare"]
 
 
-def prepare(command: Sequence[str], *, module: bool = False) -> Callable[[], None]:
+class UsageError(ValueError):
+    """What was asked for on the command line cannot be done."""
+
+
+def prepare(command: Sequence[str]) -> Callable[[], None]:
     """Make this process one that is about to run a script or a module as ``__main__``.
 
     The fix will be applied as megatron-core is imported; if it cannot be, that import raises.
 
     Args:
-        command: the script or the module's name, and its arguments.
-        module: whether it is a module's name, as after ``python -m``.
+        command: as after ``python``: a script, or ``-m`` and a module's name; then its arguments.
 
     Returns:
         Callable: runs it.
 
     Raises:
-        ValueError: there is no such script or module.
+        UsageError: there is no such script or module.
     """
-    name, path = command[0], os.path.abspath(command[0])
-    # What plain Python puts in front; nothing under `-P` or PYTHONSAFEPATH.
-    if not getattr(sys.flags, "safe_path", False):
+    module = list(command[:1]) == ["-m"]
+    if len(command) < 1 + module or (not module and command[0].startswith("-")):
+        raise UsageError("run: name a script, or a module after -m")
+    # What plain Python has by the time when it looks for a module, whose packages it imports then.
+    name, *arguments = command[module:]
+    sys.argv = ["-m" if module else name, *arguments]
+    path = os.path.join(os.getcwd(), name)  # as Python, which does not normalize it
+    # What it puts in front; nothing under `-I`, `-P` or PYTHONSAFEPATH.
+    if not (sys.flags.isolated or getattr(sys.flags, "safe_path", False)):
         sys.path[0] = os.getcwd() if module else os.path.dirname(os.path.realpath(path))
-    get_code, names = _module(name) if module else _script(path)
-    sys.argv = [names["__file__"] if module else name, *command[1:]]
     startup.install(strict=True)
+    get_code, names = _module(name) if module else _script(path)
+    if module:
+        sys.argv[0] = names["__file__"]
 
     def start() -> None:
         # Not by runpy, whose `__main__` is gone while the script's threads still use it, and which
         # has one string for `sys.argv[0]`, as it was given, and for `__file__`, which is absolute.
         main = types.ModuleType("__main__")
-        vars(main).update(names, __builtins__=builtins)
+        vars(main).update(names, __annotations__={}, __builtins__=builtins)
         sys.modules["__main__"] = main
         exec(get_code(), vars(main))
 
@@ -50,33 +60,34 @@ def prepare(command: Sequence[str], *, module: bool = False) -> Callable[[], Non
     return start
 
 
-_Main = tuple[Callable[[], Any], dict[str, Any]]
-
-
-def _script(path: str) -> _Main:
+def _script(path: str) -> tuple[types.FunctionType, dict[str, Any]]:
     if not os.path.isfile(path):
-        raise ValueError(f"no script {path}")
+        raise UsageError(f"run: no script {path}")
 
     def get_code() -> types.CodeType:
         with open(path, "rb") as stream:
             return compile(stream.read(), path, "exec")
 
     loader = SourceFileLoader("__main__", path)
-    return get_code, {"__file__": path, "__loader__": loader, "__cached__": None}
+    names = {"__file__": path, "__loader__": loader, "__cached__": None}
+    return cast(types.FunctionType, get_code), names
 
 
-def _module(name: str) -> _Main:
+def _module(name: str) -> tuple[types.FunctionType, dict[str, Any]]:
     try:
         spec = find_spec(name)
         if spec and spec.submodule_search_locations is not None:
             name += ".__main__"
             spec = find_spec(name)
-    except ModuleNotFoundError:
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+            raise  # its package's own failure
         spec = None
     loader: Any = spec and spec.loader
-    if spec is None or not hasattr(loader, "get_code"):
-        raise ValueError(f"no module named {name!r} that can be run")
-    return lambda: loader.get_code(name), {
+    code = loader.get_code(name) if hasattr(loader, "get_code") else None
+    if spec is None or code is None:
+        raise UsageError(f"run: no module named {name!r} that can be run")
+    return cast(types.FunctionType, lambda: code), {
         "__file__": spec.origin,
         "__loader__": loader,
         "__cached__": spec.cached,

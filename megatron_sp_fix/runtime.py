@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Union
+from typing import Any, Optional, Union
 
 from . import startup
 from .sites import (
@@ -57,7 +57,7 @@ class _Patch:
 
 _patches: dict[str, _Patch] = {}
 _blocks = 0  # how many `applied` blocks are open, in any thread
-_undo = False  # whether the first of them applied
+_undo: tuple[str, ...] = ()  # what the first of them replaced
 
 
 @dataclass(frozen=True)
@@ -116,8 +116,12 @@ def apply(*, also: Iterable[type] = ()) -> tuple[str, ...]:
             are not recognized; or a class of `also` embeds in a way that passing a shard in would
             skip. Nothing has been replaced then.
     """
+    global _undo
     root = installed_root()
-    return _replace(root, _table(root) + [(_own_site(cls), cls) for cls in also])
+    targets = _table(root) + [(_own_site(cls), cls) for cls in also]
+    with _lock:
+        _undo = ()  # it stays, whatever `applied` blocks are open
+        return _replace(root, targets)
 
 
 def apply_to(module: str) -> None:
@@ -129,7 +133,9 @@ def apply_to(module: str) -> None:
         UnsupportedMegatronError: as :func:`apply`, for any of the modules.
     """
     root = installed_root()
-    _replace(root, [(m, _owner(m)) for m in _supported(root) if m.site.module == module])
+    # Not `warnings`: under `-W error` that would be a failure.
+    found = _supported(root, tell=_log.warning)
+    _replace(root, [(m, _owner(m)) for m in found if m.site.module == module])
 
 
 def remove() -> tuple[str, ...]:
@@ -142,10 +148,15 @@ def remove() -> tuple[str, ...]:
         tuple[str, ...]: the methods restored, as ``module.Class.method``.
     """
     startup.uninstall()  # or it would patch what is imported from now on
+    return restore()
+
+
+def restore(names: Optional[Sequence[str]] = None) -> tuple[str, ...]:
+    """Do what :func:`remove` does to these methods, or to all; the import hook stays."""
     with _lock:
         restored = []
         for name, patch in list(_patches.items()):
-            if not patch.active:
+            if not patch.active or not (names is None or name in names):
                 continue
             patch.active = False
             current = patch.owner.__dict__.get(patch.method)
@@ -176,15 +187,15 @@ def applied() -> Iterator[None]:
     with _lock:
         changed = _replace(root, targets)
         if _blocks == 0:
-            _undo = bool(changed)
+            _undo = changed
         _blocks += 1
     try:
         yield
     finally:
         with _lock:
             _blocks -= 1
-            if _blocks == 0 and _undo:
-                remove()
+            if _blocks == 0:
+                restore(_undo)
 
 
 def status() -> Status:
@@ -233,6 +244,10 @@ def _owner(match: Found) -> Union[type, ImportError]:
     except ImportError as error:
         # As 0.12 without Transformer Engine: nobody can use that model here.
         return error
+    except AttributeError as error:
+        raise UnsupportedMegatronError(
+            f"{match.site.module} is still being imported: call apply() before or after that"
+        ) from error
     return owner
 
 
@@ -301,8 +316,12 @@ def _own_site(cls: type) -> Found:
     )
 
 
-def _supported(root: Path) -> list[Found]:
-    """Find the call sites of a supported release; warn of a newer one that is recognized."""
+def _warn(message: str) -> None:
+    warnings.warn(message, stacklevel=5)  # the caller of `apply`
+
+
+def _supported(root: Path, tell: Callable[[str], None] = _warn) -> list[Found]:
+    """Find the call sites of a supported release; tell of a newer one that is recognized."""
     release = version(root)
     if release[:2] < OLDEST:
         raise UnsupportedMegatronError(
@@ -311,11 +330,10 @@ def _supported(root: Path) -> list[Found]:
         )
     found = find(root)
     if release[:2] > NEWEST:
-        warnings.warn(
+        tell(
             f"megatron-core {'.'.join(map(str, release))} is newer than "
             f"{'.'.join(map(str, NEWEST))}, the newest release that megatron-sp-fix is tested "
-            "with; its call sites are recognized and are patched",
-            stacklevel=3,
+            "with; its call sites are recognized and are patched"
         )
     return found
 

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import os
 import sys
+from _thread import get_ident  # `threading` is not loaded by then, and costs a millisecond
 
 # By this very name, which type checkers take for true.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from importlib.abc import Loader
     from importlib.machinery import ModuleSpec
     from types import ModuleType
     from typing import Any
@@ -25,12 +27,32 @@ __all__ = ["StartupError", "disable", "enable", "enabled", "install", "installed
 VARIABLE = "MEGATRON_SP_FIX"
 FILE = "megatron_sp_fix.pth"
 
+# The modules of `sites.SITES`, which a test compares. Said once more, because finders are called
+# under Python's global import lock: one that imports by itself can wait for another thread's import
+# that waits for that lock.
+MODULES = frozenset(
+    (
+        "megatron.core.models.gpt.gpt_model",
+        "megatron.core.models.hybrid.hybrid_model",
+        "megatron.core.models.mamba.mamba_model",
+        "megatron.core.transformer.multi_token_prediction",
+    )
+)
+
 _MARK = "# Written by megatron-sp-fix "
 # One line, since `site` runs such a file by lines, and silent after the package is uninstalled.
 _LINE = (
     r"import sys; exec('try:\n from megatron_sp_fix import startup\nexcept ImportError:\n pass\n"
     r"else:\n startup.install()')"
 )
+# What a new process is to see: that the line works, and that `site` reads the folder.
+_CHECK = """
+import os, site, sys
+draft, folder = sys.argv[1:]
+site.addsitedir(draft)
+read = any(os.path.isdir(path) and os.path.samefile(path, folder) for path in sys.path)
+sys.exit(not (read and "megatron_sp_fix.startup" in sys.modules))
+"""
 
 
 class StartupError(RuntimeError):
@@ -38,71 +60,81 @@ class StartupError(RuntimeError):
 
 
 class _Finder:
-    """Finds nothing by itself: patches a module with call sites once another finder's loaded it."""
+    """Finds modules with call sites by the other finders, and patches them once loaded."""
 
-    def __init__(self, strict: bool) -> None:
-        self.strict = strict
-        self.failed = False  # it has said so; modules that were being loaded are still to come
+    def __init__(self) -> None:
+        self.strict = False
+        self.error: Exception | None = None  # why the fix is off in this process
+        self.busy: set[tuple[int, str]] = set()
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if not name.startswith("megatron.core."):
+        key = (get_ident(), name)
+        if name not in MODULES or key in self.busy:  # another such finder asks all others, too
             return None
-        from .sites import SITES
-
-        if not any(site.module == name for site in SITES):
-            return None
-        for finder in sys.meta_path:
-            if finder is self or not hasattr(finder, "find_spec"):
-                continue
-            spec = finder.find_spec(name, path, target)
-            if spec is not None:
-                self._act_after(spec.loader)
-                return spec
+        self.busy.add(key)
+        try:
+            for finder in sys.meta_path:
+                if finder is not self and hasattr(finder, "find_spec"):
+                    spec = finder.find_spec(name, path, target)
+                    if spec is not None:
+                        if spec.loader and hasattr(spec.loader, "exec_module"):
+                            spec.loader = _Loader(spec.loader, self)  # type: ignore[assignment]
+                        return spec
+        finally:
+            self.busy.discard(key)
         return None
 
-    def _act_after(self, loader: Any) -> None:
-        """Patch a module as soon as this loader has executed it."""
-
-        def exec_module(module: ModuleType) -> None:
-            vars(loader).pop("exec_module", None)
-            execute(module)
-            self._patch(module.__name__)
-
-        try:
-            execute = loader.exec_module
-            # On the instance, which is this module's alone: its type stays what others look for.
-            vars(loader)["exec_module"] = exec_module
-        except (AttributeError, TypeError) as error:
-            self._give_up(error)
-
-    def _patch(self, name: str) -> None:
+    def patch(self, module: ModuleType) -> None:
         """Patch a loaded module; a failure leaves all of megatron-core as it was."""
-        if self.failed:
-            return
-        try:
-            mode = os.environ.get(VARIABLE, "")
-            if mode not in ("", "1", "strict"):
-                raise ValueError(f"{VARIABLE}={mode} is none of 0, 1 and strict")
-            from .runtime import apply_to
+        if self.error is None:
+            try:
+                mode = os.environ.get(VARIABLE, "")
+                if mode not in ("", "1", "strict"):
+                    raise ValueError(f"{VARIABLE}={mode} is none of 0, 1 and strict")
+                from .runtime import apply_to
 
-            apply_to(name)
-        except Exception as error:
-            self._give_up(error)
+                apply_to(module.__name__)
+                return
+            except Exception as error:
+                self.error = error
+                _undo()
+                if not self.strict:
+                    import logging
 
-    def _give_up(self, error: Exception) -> None:
-        from .runtime import remove
-
-        self.failed = True
-        remove()  # and takes this finder out
+                    logging.getLogger(__package__).error(
+                        "megatron-sp-fix is off in this process and megatron-core is as it was: %s",
+                        error,
+                    )
         if self.strict:
-            raise error
-        import logging
+            raise self.error  # from every such import: a job must not go on unpatched
 
-        logging.getLogger(__package__).error(
-            "megatron-sp-fix is off in this process and megatron-core is as it was: %s", error
-        )
+
+class _Loader:
+    """Another's loader that tells the finder when it is done."""
+
+    def __init__(self, loader: Loader, finder: _Finder) -> None:
+        self.loader = loader
+        self.finder = finder
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.loader, name)
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__loader__ = self.loader
+        if module.__spec__:
+            module.__spec__.loader = self.loader
+        self.loader.exec_module(module)
+        self.finder.patch(module)
+
+
+def _undo() -> None:
+    try:
+        from .runtime import restore
+    except ImportError:  # uninstalled while this process runs: then nothing is patched
+        return
+    restore()
 
 
 def install(*, strict: bool = False) -> None:
@@ -112,39 +144,60 @@ def install(*, strict: bool = False) -> None:
     and leaves megatron-core as it was.
 
     Args:
-        strict: raise from that import instead, as under ``MEGATRON_SP_FIX=strict``.
+        strict: raise from those imports instead, as under ``MEGATRON_SP_FIX=strict``.
     """
     mode = os.environ.get(VARIABLE)
     if mode == "0":
         return
-    finder = next((f for f in sys.meta_path if isinstance(f, _Finder)), None)
-    if finder is None:
-        finder = _Finder(strict)
+    for finder in sys.meta_path:
+        if _ours(finder):
+            break
+    else:
+        finder = _Finder()
         sys.meta_path.insert(0, finder)
-    finder.strict |= strict or mode == "strict"
+    finder.strict |= strict or mode == "strict"  # type: ignore[attr-defined]
+    for name in MODULES & sys.modules.keys():
+        module = sys.modules[name]
+        if not getattr(getattr(module, "__spec__", None), "_initializing", False):
+            finder.patch(module)  # type: ignore[attr-defined]
 
 
 def installed() -> bool:
     """Whether this process has the import hook."""
-    return any(isinstance(finder, _Finder) for finder in sys.meta_path)
+    return any(map(_ours, sys.meta_path))
 
 
 def uninstall() -> None:
     """Take the import hook out of this process; what it patched stays patched."""
-    sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, _Finder)]
+    sys.meta_path[:] = [finder for finder in sys.meta_path if not _ours(finder)]
+
+
+def _ours(finder: object) -> bool:
+    """By name: the package may have been imported anew, with another class."""
+    cls = type(finder)
+    return (cls.__module__, cls.__qualname__) == (__name__, _Finder.__qualname__)
 
 
 def enabled() -> str:
     """The file that enables the fix for every process of this environment; empty if none does."""
-    files = (os.path.join(folder, FILE) for folder in sys.path)
-    return next((file for file in files if os.path.isfile(file)), "")
+    import site
+
+    folders = [os.path.dirname(_file()), *site.getsitepackages(), site.getusersitepackages()]
+    for folder in folders:
+        file = os.path.join(folder, FILE)
+        try:
+            if _read(file):
+                return file
+        except StartupError:
+            continue
+    return ""
 
 
 def enable() -> str:
     """Make every Python process of this environment start with the import hook.
 
-    Writes one file into site-packages, at once or not at all, and starts a process to see that it
-    works.
+    Writes one file into site-packages, at once or not at all, after a process was started to see
+    that it works.
 
     Returns:
         str: the file.
@@ -157,30 +210,30 @@ def enable() -> str:
     import tempfile
 
     file, text = _file(), _text()
-    if _read(file) == text:
-        return file
-    if _read(file):
+    folder = os.path.dirname(file)
+    if _read(file) not in ("", text):
         raise StartupError(
             f"{file} was written by another version: run `megatron-sp-fix disable`, then enable"
         )
     try:
-        handle, draft = tempfile.mkstemp(prefix=".megatron_sp_fix", dir=os.path.dirname(file))
-        with open(handle, "w", encoding="utf-8") as stream:
-            stream.write(text)
-        os.chmod(draft, 0o644)
-        os.replace(draft, file)
+        with tempfile.TemporaryDirectory(prefix=".megatron_sp_fix", dir=folder) as draft:
+            with open(os.path.join(draft, FILE), "w", encoding="utf-8") as stream:
+                stream.write(text)
+            unwanted = (VARIABLE, "PYTHONPATH")  # which another process may not have
+            environment = {k: v for k, v in os.environ.items() if k not in unwanted}
+            command = [sys.executable, "-c", _CHECK, draft, folder]
+            if subprocess.run(command, env=environment, check=False).returncode:
+                raise StartupError(
+                    f"{sys.executable} does not read {folder} as it starts, or does not find "
+                    "megatron_sp_fix by then: install the package into the environment itself, "
+                    "with its site-packages on"
+                )
+            os.replace(os.path.join(draft, FILE), file)
     except OSError as error:
         raise StartupError(
-            f"{error}: enabling needs to write there; as its owner, or in an environment of yours"
+            f"{error}: enabling starts {sys.executable} and writes into {folder}; do it as its "
+            "owner, or in an environment of yours"
         ) from error
-    code = f"import sys; sys.exit('{__name__}' not in sys.modules)"
-    environment = {name: value for name, value in os.environ.items() if name != VARIABLE}
-    if subprocess.run([sys.executable, "-c", code], env=environment, check=False).returncode:
-        os.unlink(file)
-        raise StartupError(
-            f"{sys.executable} does not run {file} as it starts, or does not find megatron_sp_fix "
-            "by then: install the package into the environment itself, with its site-packages on"
-        )
     return file
 
 
@@ -191,16 +244,20 @@ def disable() -> str:
         str: the file that is gone; empty if there was none.
 
     Raises:
-        StartupError: the file is another's, or cannot be removed.
+        StartupError: the file is another's, or cannot be removed; or one outside this environment
+            enables it, too.
     """
     file = _file()
-    if not _read(file):
-        return ""
+    found = _read(file)
     try:
-        os.unlink(file)
+        if found:
+            os.unlink(file)
     except OSError as error:
         raise StartupError(f"{error}: disable it as the owner of that folder") from error
-    return file
+    other = enabled()
+    if other:
+        raise StartupError(f"{other} enables it, too, or still: disable it in that environment")
+    return file if found else ""
 
 
 def _file() -> str:

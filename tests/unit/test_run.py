@@ -47,6 +47,11 @@ elif kind == "spawn":
             print(pool.apply(str.upper, ("done",)), pool.apply(type, (Mine(),)))
 """
 
+PATCHED = (
+    "import megatron_sp_fix\n"
+    "print([s.patched for s in megatron_sp_fix.status().sites if 'GPT' in s.name])\n"
+)
+
 
 def python(folder, *command):
     done = subprocess.run(
@@ -62,7 +67,7 @@ KINDS = ["", "raise", "chain", "exit", "message", "terminate", "interrupt", "thr
 def test_a_script_runs_as_without(tmp_path, kind):
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder/script.py").write_text(SCRIPT)
-    command = ("folder/script.py", *([kind, "--foo", "-m"] if kind else []))
+    command = ("folder/script.py", *([kind, "--foo", "-m", "--", "x"] if kind else []))
     plain = python(tmp_path, *command)
     assert python(tmp_path, "-m", "megatron_sp_fix", "run", *command) == plain
     assert "Mine" in plain[1] or kind != "spawn", plain
@@ -72,7 +77,7 @@ def test_a_script_runs_as_without(tmp_path, kind):
 def test_a_module_runs_as_without(tmp_path, kind):
     (tmp_path / "package").mkdir()
     (tmp_path / "package/job.py").write_text(SCRIPT)
-    command = ("-m", "package.job", *([kind, "--foo"] if kind else []))
+    command = ("-m", "package.job", *([kind, "--foo", "--", "x"] if kind else []))
 
     def outcome(*command):
         code, out, error = python(tmp_path, *command)
@@ -81,6 +86,31 @@ def test_a_module_runs_as_without(tmp_path, kind):
         return code, out, lines
 
     assert outcome("-m", "megatron_sp_fix", "run", *command) == outcome(*command)
+
+
+def test_a_path_through_a_link(tmp_path):
+    (tmp_path / "elsewhere/inner").mkdir(parents=True)
+    (tmp_path / "elsewhere/script.py").write_text("print(__file__, __annotations__)")
+    (tmp_path / "link").symlink_to("elsewhere/inner")
+    for command in ("link/../script.py", "./link/../script.py"):
+        plain = python(tmp_path, command)
+        assert plain[0] == 0 and python(tmp_path, "-m", "megatron_sp_fix", "run", command) == plain
+
+
+def test_a_package_that_fails_by_itself(tmp_path):
+    """Its parents are imported as of a plain run: with their own errors, and with the fix."""
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken/__init__.py").write_text("import not_there_at_all")
+    (tmp_path / "broken/job.py").write_text("")
+    code, _, error = python(tmp_path, "-m", "megatron_sp_fix", "run", "-m", "broken.job")
+    assert code == 1 and "No module named 'not_there_at_all'" in error and "Traceback" in error
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package/__init__.py").write_text(
+        "import sys; print(sys.argv)\nfrom megatron.core.models.gpt import GPTModel"
+    )
+    (tmp_path / "package/job.py").write_text(PATCHED)
+    code, out, _ = python(tmp_path, "-m", "megatron_sp_fix", "run", "-m", "package.job", "x")
+    assert (code, out) == (0, "['-m', 'x']\n[True]\n")
 
 
 def test_a_script_with_an_error_of_syntax(tmp_path):
@@ -97,6 +127,8 @@ def test_a_script_with_an_error_of_syntax(tmp_path):
         (["missing.py"], "no script /"),
         (["-m", "missing.module"], "no module named 'missing.module'"),
         (["."], "no script /"),
+        (["-m", "math"], "no module named 'math' that can be run"),
+        (["-x"], "name a script"),
     ],
 )
 def test_usage_errors(tmp_path, command, message):
@@ -106,10 +138,6 @@ def test_usage_errors(tmp_path, command, message):
 
 
 def test_megatron_core_is_patched(tmp_path):
-    (tmp_path / "script.py").write_text(
-        "from megatron.core.models.gpt import GPTModel\n"
-        "import megatron_sp_fix\n"
-        "print([s.patched for s in megatron_sp_fix.status().sites if 'GPT' in s.name])\n"
-    )
+    (tmp_path / "script.py").write_text("from megatron.core.models.gpt import GPTModel\n" + PATCHED)
     code, out, _ = python(tmp_path, "-m", "megatron_sp_fix", "run", "script.py")
     assert (code, out) == (0, "[True]\n")

@@ -120,6 +120,13 @@ def test_applied_nests():
     assert objects() != before
 
 
+def test_an_apply_inside_a_block_stays():
+    before = objects()
+    with megatron_sp_fix.applied():
+        megatron_sp_fix.apply()
+    assert objects() != before
+
+
 def test_applied_is_undone_after_an_exception():
     before = objects()
     with pytest.raises(KeyError), megatron_sp_fix.applied():

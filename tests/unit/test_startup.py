@@ -41,14 +41,14 @@ def test_enable_and_disable(environment):
     file = pth(environment)
     for _ in range(2):
         code, out, error = fix(environment, "enable")
-        assert (code, error) == (0, "") and str(file) in out
+        assert (code, error) == (0, "") and out.endswith(f"has the fix now, by {file}\n")
         assert stat.S_IMODE(file.stat().st_mode) == 0o644
     assert [name for name in os.listdir(file.parent) if "megatron_sp_fix" in name] == [file.name]
     code, out, error = fix(environment, "status")
     assert code == 0 and f"enabled for every process by {file}" in out
     assert "patched on import" in out
     code, out, error = fix(environment, "status", MEGATRON_SP_FIX="0")
-    assert code == 0 and "off in this one (MEGATRON_SP_FIX=0)" in out
+    assert code == 0 and "not in this one: MEGATRON_SP_FIX=0" in out
     code, out, error = fix(environment, "disable")
     assert code == 0 and str(file) in out and not file.exists()
     code, out, error = fix(environment, "disable")
@@ -85,27 +85,38 @@ def test_a_folder_that_cannot_be_written(environment):
     assert code == 1 and error.count("\n") == 1 and "as its owner" in error
 
 
-def test_a_draft_that_cannot_be_made(environment, monkeypatch):
+@pytest.mark.parametrize("name", ["tempfile.mkdtemp", "os.replace", "subprocess.run"])
+def test_a_failure_leaves_nothing(environment, monkeypatch, name):
     def fail(*_, **__):
         raise PermissionError(13, "Permission denied", "there")
 
-    monkeypatch.setattr("tempfile.mkstemp", fail)
+    monkeypatch.setattr(name, fail)
+    monkeypatch.setattr("sys.executable", environment.python)
     monkeypatch.setattr(startup, "_file", lambda: str(pth(environment)))
     with pytest.raises(startup.StartupError, match=r"Permission denied.*as its owner"):
         startup.enable()
-    assert not pth(environment).exists()
+    assert not [each for each in os.listdir(pth(environment).parent) if startup.FILE[:-4] in each]
 
 
 def test_an_environment_whose_processes_do_not_find_the_package(environment):
-    # As one whose site-packages hold no megatron_sp_fix: it is found in the working folder alone.
+    # As one whose site-packages hold no megatron_sp_fix: PYTHONPATH alone names it, here and now.
     paths = pth(environment).with_name("_paths.pth")
     paths.rename(paths.with_suffix(".txt"))
     root = os.path.dirname(os.path.dirname(startup.__file__))
-    code = f"import sys; sys.path.insert(0, {root!r}); from megatron_sp_fix.cli import main; "
-    code += "sys.exit(main(['enable']))"
-    status, _, error = python(environment, "-c", code)
+    status, _, error = fix(environment, "enable", PYTHONPATH=root)
     assert status == 1 and "into the environment itself" in error, error
     assert not pth(environment).exists()
+
+
+def test_two_at_once(environment):
+    command = [environment.python, "-m", "megatron_sp_fix", "enable"]
+    both = [subprocess.Popen(command, env=environment.variables) for _ in range(2)]
+    assert [process.wait() for process in both] == [0, 0] and pth(environment).exists()
+
+
+def test_only_folders_that_site_reads_count(environment):
+    (environment.folder / startup.FILE).write_text(startup._text())
+    assert "not enabled" in fix(environment, "status", PYTHONPATH=str(environment.folder))[1]
 
 
 def test_silent_once_the_package_is_gone(environment):
@@ -140,6 +151,10 @@ def test_off_for_a_process(environment):
     assert status == 0 and not any(eval(out).values())
 
 
+def test_the_names_of_the_modules():
+    assert {site.module for site in sites.SITES} == startup.MODULES
+
+
 def test_remove_reaches_what_is_imported_later(environment):
     assert fix(environment, "enable")[0] == 0
     code = "import megatron_sp_fix; megatron_sp_fix.remove(); " + GPT + PATCHED
@@ -170,6 +185,12 @@ def test_a_failure_is_one_error_and_no_patch(environment, cause, variables, mess
         variables = {"MEGATRON_SP_FIX": "strict"}
         status, _, error = python(environment, "-W", "ignore", "-c", code, **variables)
         assert status == 1 and "UnsupportedMegatronError" in error and message in error
+        # Somebody's `try` does not let a job go on unpatched.
+        tries = "try:\n    import megatron.core.models.gpt.gpt_model\nexcept Exception: pass\n"
+        status, _, error = python(
+            environment, "-W", "ignore", "-c", cause + tries + GPT, **variables
+        )
+        assert status == 1 and message in error
 
 
 def test_an_import_that_fails_can_be_repeated():
@@ -195,3 +216,50 @@ from megatron.core.models.gpt.gpt_model import GPTModel
         check=False,
     )
     assert done.returncode == 0 and eval(done.stdout)["GPTModel._preprocess"], done.stderr
+
+
+def test_finders_that_ask_all_others(environment):
+    """As ours does: two of that kind must not ask each other for ever."""
+    assert fix(environment, "enable")[0] == 0
+    code = """
+import sys
+class Asking:
+    def find_spec(self, name, path=None, target=None):
+        for finder in sys.meta_path:
+            if finder is not self:
+                spec = finder.find_spec(name, path, target)
+                if spec:
+                    return spec
+sys.meta_path.insert(0, Asking())
+for name in [name for name in sys.modules if name.startswith("megatron_sp_fix")]:
+    del sys.modules[name]
+from megatron_sp_fix import startup
+startup.install()
+"""
+    status, out, error = python(environment, "-W", "ignore", "-c", code + GPT + PATCHED)
+    assert status == 0 and eval(out)["GPTModel._preprocess"], error
+
+
+def test_imports_in_threads(environment):
+    """No thread waits for another's import while that waits for ours."""
+    code = """
+import importlib, sys, threading
+from megatron_sp_fix import startup
+names = [*startup.MODULES, "inspect", "megatron_sp_fix.runtime", "dataclasses", "logging", "ast"]
+def load(name):
+    try:
+        importlib.import_module(name)
+    except ImportError:
+        pass
+threads = [threading.Thread(target=load, args=(name,), daemon=True) for name in names]
+[thread.start() for thread in threads]
+[thread.join(60) for thread in threads]
+assert not any(thread.is_alive() for thread in threads)
+import megatron_sp_fix
+with megatron_sp_fix.applied():
+    pass
+assert startup.installed()
+"""
+    assert fix(environment, "enable")[0] == 0
+    status, out, error = python(environment, "-W", "ignore", "-c", code + GPT + PATCHED)
+    assert status == 0 and eval(out)["GPTModel._preprocess"], error
