@@ -40,20 +40,27 @@ def no_gpu_needed():
         torch.Tensor.cuda, torch.cuda.synchronize = real
 
 
+def same_stage(plain, tower, embeds):
+    """Run a pipeline stage of each on the same input: token ids, or what a stage before sent."""
+    data = models.batch(LENGTH)
+    received = torch.randn(LENGTH // 2, 2, plain.config.hidden_size).to(data["labels"].device)
+    results = []
+    for model in (plain, tower):
+        if not embeds:
+            model.set_input_tensor(received)
+        with fix():
+            results.append(models.forward(model, data))
+    assert torch.equal(*results)
+    return results[1]
+
+
 def pipeline(kind):
     """The first stage embeds, the last does not, except for MTP; each against a plain LM's."""
     first = parallel_state.is_pipeline_first_stage()
     with no_gpu_needed():  # it ties the weights of MTP's own embedding there
         plain, tower = models.pair(kind, pre_process=first, post_process=not first)
+    same_stage(plain, tower, first)
     data = models.batch(LENGTH)
-    received = torch.randn(LENGTH // 2, 2, plain.config.hidden_size).to(data["labels"].device)
-    results = []
-    for model in (plain, tower):
-        if not first:
-            model.set_input_tensor(received)
-        with fix():
-            results.append(models.forward(model, data))
-    assert torch.equal(*results)
     if first or kind != "mtp":
         # A stage that does not embed has nothing to mend: show that the fix is on all the same.
         whole = models.build("gpt", False, pre_process=True, post_process=False)
@@ -69,7 +76,6 @@ def test_pipeline_stages(run, kind):
 def interleaved():
     """Each rank holds two stages, and only the first of the first rank embeds."""
     first = parallel_state.is_pipeline_first_stage(ignore_virtual=True)
-    data = models.batch(LENGTH)
     embedded = 0
     for stage in (0, 1):
         parallel_state.set_virtual_pipeline_model_parallel_rank(stage)
@@ -83,16 +89,9 @@ def interleaved():
             config={"virtual_pipeline_model_parallel_size": 2},
             model=more,
         )
-        received = torch.randn(LENGTH // 2, 2, plain.config.hidden_size).to(data["labels"].device)
-        results = []
-        for model in (plain, tower):
-            if not embeds:
-                model.set_input_tensor(received)
-            with fix():
-                results.append(models.forward(model, data))
-        assert torch.equal(*results)
+        out = same_stage(plain, tower, embeds)
         if embeds:
-            assert results[1].shape[0] == LENGTH // 2
+            assert out.shape[0] == LENGTH // 2
             embedded += 1
     assert embedded == first
 
