@@ -44,9 +44,9 @@ Tested: logits, loss and all gradients are bitwise those of a model built with
 the flag on, for GPTModel, HybridModel and MTP, at TP 2 and 4. The new unit test
 fails without the rest of this change.
 
-On two H100s (tp=2, h=4096, bf16, s=131072) the input step of a plain LM takes
-4.60 ms and keeps 513 MB, and all-reduce and split 5.47 ms and 1025 MB; this
-change keeps what the plain LM keeps.
+At tp=2, h=4096, bf16, s=131072 the input step of a plain LM keeps 513 MiB for
+backward, all-reduce and split 1025 MiB; this change keeps what the plain LM
+keeps, and sends forward what it sends, half of an all-reduce.
 """
 
 

@@ -99,7 +99,8 @@ def suite(tree: Path, workers: str) -> tuple[int, int, int]:
     report = CACHE / f"{tree.name}.xml"
     report.unlink(missing_ok=True)
     pytest = (sys.executable, "-m", "pytest", "-q", "-n", workers, f"--junitxml={report}")
-    done = run(*pytest, HERE / "distributed/test_contract.py", cwd=ROOT, env=environment(tree))
+    tests = [HERE / f"distributed/test_{name}.py" for name in ("contract", "inference")]
+    done = run(*pytest, *tests, cwd=ROOT, env=environment(tree))
     if not report.is_file():
         raise SystemExit(f"{tree}: {done.stdout}{done.stderr}")
     counts = next(iter(xml.parse(report).getroot())).attrib
@@ -170,7 +171,7 @@ def row(name: str, tree: Path, workers: str) -> tuple[list[str], bool]:
 
 
 HEADER = (
-    *("release", "GPT", "hybrid", "MTP training", "MTP single step"),
+    *("release", "GPT", "hybrid", "MTP training", "MTP speculative step"),
     *("runtime form", "source form", "same bits"),
 )
 
@@ -181,13 +182,13 @@ def page(rows: list[list[str]], seconds: float, commit: str) -> str:
     lines = ["| " + " | ".join(line) + " |" for line in (HEADER, ["---"] * len(HEADER), *rows)]
     return f"""# Releases
 
-What each release of megatron-core does with a standalone tower by itself, and the contract on it in
-both forms of this fix. Written by `python tests/matrix.py --write`.
+What each release of megatron-core does with a standalone tower by itself, and the contract (with
+inference) on it in both forms of this fix. Written by `python tests/matrix.py --write`.
 
 Columns two to five are the release unpatched, at TP 2: "broken", or "right" with the bytes that the
-decoder's input keeps for backward, as a multiple of a plain LM's. "needs TE": the model cannot be
-built without Transformer Engine. "n/a": tests of what a release does not have (no MTP single step
-before 0.17, no padding mask before 0.16, and so on). "same bits": the towers' logits, loss and
+decoder's input keeps for backward, as a multiple of a plain LM's; the last of them, MTP's speculative
+step, is read from the source, not run. "needs TE": the model cannot be built without Transformer Engine. "n/a": tests of what a release does not have (no speculative
+step before 0.17, no padding mask before 0.16, and so on). "same bits": the towers' logits, loss and
 gradients are bitwise the same in both forms.
 
 {chr(10).join(lines)}
