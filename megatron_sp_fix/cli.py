@@ -59,7 +59,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         "demo",
         help="show the bug and the fix on real ranks",
         description="Build a plain LM and a tower from the same weights, run both with sequence "
-        "parallelism on, and compare them bitwise. Starts CPU ranks, or uses torchrun's.",
+        "parallelism on, and compare them bitwise. Uses torchrun's ranks, or starts its own: on "
+        "GPUs if there is one for each, else on CPUs.",
         epilog="example: torchrun --nproc-per-node 2 -m megatron_sp_fix demo",
     )
     command.add_argument("--tp", type=int, default=2, metavar="N", help="TP size (default: 2)")
@@ -67,10 +68,11 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 
     command = commands.add_parser(
         "run",
-        help="run a script or a module of yours with the fix",
+        help="run a script or a module with the fix",
         usage="megatron-sp-fix run [-h] (SCRIPT | -m MODULE) [ARG ...]",
         description="Run a script, or a module as `python -m` does, with the fix applied as "
-        "megatron-core is imported. All that comes after its name is its own.",
+        "megatron-core is imported. Everything after its name is passed on to it. Processes that "
+        "it forks have the fix; those that it spawns do not: see enable.",
         epilog="example: torchrun --nproc-per-node 8 -m megatron_sp_fix run train.py --tp 8",
     )
     # For the help alone: argparse would take the script's own options for this one's.
@@ -99,9 +101,10 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 
     command = commands.add_parser(
         "audit",
-        help="list the towers in a model of yours, covered or not",
-        description="Call a function that builds a model, and list its language models: whether "
-        "each is a tower, whether the fix covers it, and why.",
+        help="list the towers in a model, covered or not",
+        description="Apply the fix, call a function that sets up the process groups and builds a "
+        "model, and list its language models: whether each is a tower, whether the fix covers it, "
+        "and why. Exits with 1 if one is not covered.",
         epilog="example: megatron-sp-fix audit my_job.models:build",
     )
     command.add_argument("factory", metavar="MODULE:FACTORY", help="a function of no arguments")
@@ -115,10 +118,16 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         epilog="example: megatron-sp-fix diff --root Megatron-LM | git -C Megatron-LM apply",
     )
     command.add_argument(
-        "--root", type=Path, metavar="PATH", help="the folder that holds megatron/core"
+        "--root",
+        type=Path,
+        metavar="PATH",
+        help="the folder that holds megatron/core (default: the installed package's)",
     )
     command.add_argument(
-        "--format", choices=("plain", "mail"), default="plain", help="mail is for git am"
+        "--format",
+        choices=("plain", "mail"),
+        default="plain",
+        help="mail is for git am, signed off by git's user",
     )
     command.set_defaults(run=_diff)
 

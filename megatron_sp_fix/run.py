@@ -44,6 +44,8 @@ def prepare(command: Sequence[str]) -> Callable[[], None]:
     if not (sys.flags.isolated or getattr(sys.flags, "safe_path", False)):
         sys.path[0] = os.getcwd() if module else os.path.dirname(os.path.realpath(path))
     startup.install(strict=True)
+    if not startup.installed():
+        print(f"megatron-sp-fix: off, by {startup.VARIABLE}=0", file=sys.stderr)
     get_code, names = _module(name) if module else _script(path)
     if module:
         sys.argv[0] = names["__file__"]

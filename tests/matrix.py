@@ -186,10 +186,11 @@ What each release of megatron-core does with a standalone tower by itself, and t
 inference) on it in both forms of this fix. Written by `python tests/matrix.py --write`.
 
 Columns two to five are the release unpatched, at TP 2: "broken", or "right" with the bytes that the
-decoder's input keeps for backward, as a multiple of a plain LM's; the last of them, MTP's speculative
-step, is read from the source, not run. "needs TE": the model cannot be built without Transformer Engine. "n/a": tests of what a release does not have (no speculative
-step before 0.17, no padding mask before 0.16, and so on). "same bits": the towers' logits, loss and
-gradients are bitwise the same in both forms.
+decoder's input keeps for backward, as a multiple of a plain LM's; the last of them, MTP's
+speculative step, is read from the source, not run. "needs TE": the model cannot be built without
+Transformer Engine. "n/a": tests of what a release does not have (no speculative step before 0.17,
+no padding mask before 0.16, and so on) or of what only a GPU has. "same bits": the towers' logits,
+loss and gradients are bitwise the same in both forms.
 
 {chr(10).join(lines)}
 

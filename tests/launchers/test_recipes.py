@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 TEXT = (Path(__file__).parents[2] / "docs/recipes.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"<!-- run by a test -->\n```\n(.*?)```", TEXT, re.S)
+BLOCKS = re.findall(r"\*Run by a test:\*\n\n```\n(.*?)```", TEXT, re.S)
 
 
 @pytest.mark.parametrize("number", range(len(BLOCKS)))
@@ -29,5 +29,5 @@ def test_command(environment, number):
 
 def test_every_other_command_says_what_it_was_checked_against():
     for section in TEXT.split("\n## ")[1:]:
-        if "\n```\n" in re.sub(r"<!-- run by a test -->\n```\n.*?```", "", section, flags=re.S):
+        if "\n```\n" in re.sub(r"\*Run by a test:\*\n\n```\n.*?```", "", section, flags=re.S):
             assert "Checked" in section or section.startswith("On your own cluster"), section[:40]
