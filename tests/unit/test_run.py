@@ -141,3 +141,10 @@ def test_megatron_core_is_patched(tmp_path):
     (tmp_path / "script.py").write_text("from megatron.core.models.gpt import GPTModel\n" + PATCHED)
     code, out, _ = python(tmp_path, "-m", "megatron_sp_fix", "run", "script.py")
     assert (code, out) == (0, "[True]\n")
+
+
+def test_off_says_so(tmp_path, monkeypatch):
+    monkeypatch.setenv("MEGATRON_SP_FIX", "0")
+    (tmp_path / "script.py").write_text("print(1)")
+    done = python(tmp_path, "-m", "megatron_sp_fix", "run", "script.py")
+    assert done == (0, "1\n", "megatron-sp-fix: off, by MEGATRON_SP_FIX=0\n")
