@@ -173,7 +173,7 @@ def _status(arguments: argparse.Namespace) -> int:
 def _off() -> str:
     """Why this process will not be patched by the import hook; empty if it will."""
     mode = os.environ.get(startup.VARIABLE, "")
-    if mode not in ("", "1", "strict"):
+    if mode not in startup.ON:
         return f"{startup.VARIABLE}={mode}"
     return "" if startup.installed() else "it has not read that"
 

@@ -25,6 +25,7 @@ __all__ = ["StartupError", "disable", "enable", "enabled", "install", "installed
 
 #: ``0``: off. ``1`` or unset: on where it is enabled. ``strict``: on, and failures raise.
 VARIABLE = "MEGATRON_SP_FIX"
+ON = ("", "1", "strict")
 FILE = "megatron_sp_fix.pth"
 
 # The modules of `sites.SITES`, which a test compares. Said once more, because finders are called
@@ -73,25 +74,22 @@ class _Finder:
         key = (get_ident(), name)
         if name not in MODULES or key in self.busy:  # another such finder asks all others, too
             return None
+        others = (f for f in sys.meta_path if f is not self and hasattr(f, "find_spec"))
         self.busy.add(key)
         try:
-            for finder in sys.meta_path:
-                if finder is not self and hasattr(finder, "find_spec"):
-                    spec = finder.find_spec(name, path, target)
-                    if spec is not None:
-                        if spec.loader and hasattr(spec.loader, "exec_module"):
-                            spec.loader = _Loader(spec.loader, self)  # type: ignore[assignment]
-                        return spec
+            spec = next(filter(None, (f.find_spec(name, path, target) for f in others)), None)
         finally:
             self.busy.discard(key)
-        return None
+        if spec and spec.loader and hasattr(spec.loader, "exec_module"):
+            spec.loader = _Loader(spec.loader, self)  # type: ignore[assignment]
+        return spec
 
     def patch(self, module: ModuleType) -> None:
         """Patch a loaded module; a failure leaves all of megatron-core as it was."""
         if self.error is None:
             try:
                 mode = os.environ.get(VARIABLE, "")
-                if mode not in ("", "1", "strict"):
+                if mode not in ON:
                     raise ValueError(f"{VARIABLE}={mode} is none of 0, 1 and strict")
                 from .runtime import apply_to
 

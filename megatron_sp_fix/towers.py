@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Optional
 
-from .runtime import status
+from .runtime import SiteStatus, covers, status
 from .sites import SITES, Site
 
 __all__ = ["NotCoveredError", "Tower", "audit"]
@@ -57,8 +57,9 @@ def audit(model: Any, *, strict: bool = False) -> tuple[Tower, ...]:
     from megatron.core.models.common.language_module.language_module import LanguageModule
 
     stages = list(model) if isinstance(model, Iterable) else [model]
+    sites = {site.name: site for site in status().sites}
     towers = tuple(
-        _tower(f"{index}.{name}".rstrip(".") if len(stages) > 1 else name, module)
+        _tower(f"{index}.{name}".rstrip(".") if len(stages) > 1 else name, module, sites)
         for index, stage in enumerate(stages)
         for name, module in stage.named_modules()
         if isinstance(module, LanguageModule) and hasattr(module, "decoder")
@@ -69,7 +70,7 @@ def audit(model: Any, *, strict: bool = False) -> tuple[Tower, ...]:
     return towers
 
 
-def _tower(name: str, module: Any) -> Tower:
+def _tower(name: str, module: Any, sites: dict[str, SiteStatus]) -> Tower:
     embedding = getattr(module, "embedding", None)
     plain = embedding is None or bool(getattr(embedding, "scatter_to_sequence_parallel", False))
     if embedding is None:
@@ -79,8 +80,8 @@ def _tower(name: str, module: Any) -> Tower:
     elif not module.config.sequence_parallel:
         covered, reason = True, "sequence parallelism is off, so there is nothing to shard"
     else:
-        covered, reason = _own_methods(module) or _coverage(type(module))
-        mtp = [site for site in status().sites if "MultiTokenPrediction" in site.name]
+        covered, reason = _own_methods(module) or _coverage(type(module), sites)
+        mtp = [site for name, site in sites.items() if "MultiTokenPrediction" in name]
         if covered and getattr(module, "mtp_process", False) and not all(s.patched for s in mtp):
             covered, reason = False, "its main forward is covered, its MTP layers are not"
     return Tower(
@@ -102,10 +103,9 @@ def _own_methods(module: Any) -> Optional[tuple[bool, str]]:
     return None
 
 
-def _coverage(cls: type) -> tuple[bool, str]:
+def _coverage(cls: type, sites: dict[str, SiteStatus]) -> tuple[bool, str]:
     """Whether a tower of this class reaches a patched site, from the code that it runs."""
-    patched = {site.name: site for site in status().sites}
-    site = next((s for s in SITES if s.name in patched and issubclass(cls, _owner(s))), None)
+    site = next((s for s in SITES if s.name in sites and issubclass(cls, _owner(s))), None)
     if site is None:
         return False, f"{cls.__name__} is not a model that megatron-sp-fix knows"
     definer = _definer(cls, "forward")
@@ -120,15 +120,13 @@ def _coverage(cls: type) -> tuple[bool, str]:
     if definer is not _owner(site):
         calls = _calls(_body(definer, site.method))
         if not {f"super().{site.method}", f"{site.cls}.{site.method}"} & calls:
-            from .runtime import covers
-
             if covers(definer, site.method):
                 return True, f"{definer.__name__}.{site.method} is patched by apply(also=...)"
             return False, (
                 f"{definer.__name__} overrides {site.method} without calling the original: try "
                 f"apply(also=[{definer.__name__}])"
             )
-    if not patched[site.name].patched:
+    if not sites[site.name].patched:
         return False, f"{site.name} is not patched: call megatron_sp_fix.apply()"
     return True, f"{site.name} is patched"
 

@@ -63,10 +63,37 @@ def shadow(model, embedding):
 
 
 class NoDecoder(torch.nn.Module):
-    """With `post_process` off, what is left of a model is its input step."""
-
     def forward(self, hidden_states, **_):
         return hidden_states
+
+
+def keep_input_step(*towers):
+    """Leave of each model what makes the decoder's input, which its forward then returns."""
+    for tower in towers:
+        tower.decoder, tower.post_process = NoDecoder(), False
+
+
+def snapshot(model):
+    """Attributes of the embedding's modules; the decoder's own change as it runs."""
+    modules = model.named_modules()
+    return {name: dict(module.__dict__) for name, module in modules if "embedding" in name}
+
+
+def check_unchanged(before, after):
+    """Of two snapshots: the same names, and the very objects."""
+    assert before.keys() == after.keys()
+    for name, attributes in before.items():
+        assert attributes.keys() == after[name].keys(), name
+        assert all(value is after[name][key] for key, value in attributes.items()), name
+
+
+def full_length(words, ids):
+    """Call a word embedding for all rows, whatever its flag says."""
+    flag, words.reduce_scatter_embeddings = words.reduce_scatter_embeddings, False
+    try:
+        return words(ids)
+    finally:
+        words.reduce_scatter_embeddings = flag
 
 
 class Scaled(LanguageModelEmbedding):
@@ -80,12 +107,7 @@ class Ignoring(LanguageModelEmbedding):
     """Computes by itself and knows no flags: full length, always."""
 
     def forward(self, input_ids, position_ids, tokentype_ids=None):
-        words = self.word_embeddings
-        flag, words.reduce_scatter_embeddings = words.reduce_scatter_embeddings, False
-        try:
-            full = words(input_ids)
-        finally:
-            words.reduce_scatter_embeddings = flag
+        full = full_length(self.word_embeddings, input_ids)
         if self.add_position_embedding:
             full = full + self.position_embeddings(position_ids)
         full = full.transpose(0, 1).contiguous()

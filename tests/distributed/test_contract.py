@@ -172,9 +172,7 @@ def collectives(function):
 def one_collective():
     plain, tower = models.pair("gpt", position="none", layers=1)
     data = models.batch(LENGTH)
-    # Without a decoder and an output layer, what is left is the embedding's own.
-    for model in (plain, tower):
-        model.decoder, model.post_process = common.NoDecoder(), False
+    common.keep_input_step(plain, tower)
     counted = []
     for model in (plain, tower):
         with fix():
@@ -195,19 +193,13 @@ def test_rule_4_one_collective(run):
 # Rule 5: whoever else calls the embedding sees no change.
 
 
-def snapshot(model):
-    """Attributes of the embedding's modules; the decoder's own change as it runs."""
-    modules = model.named_modules()
-    return {name: dict(module.__dict__) for name, module in modules if "embedding" in name}
-
-
 def unseen(kind):
     _, tower = models.pair(kind)
     data = models.batch(LENGTH)
     ids = {"input_ids": data["input_ids"], "position_ids": data["position_ids"]}
     full = tower.embedding(**ids)
     assert full.shape[0] == LENGTH
-    before = snapshot(tower)
+    before = common.snapshot(tower)
     seen, main = [], threading.get_ident()
 
     def meanwhile(*_):
@@ -233,11 +225,7 @@ def unseen(kind):
     check_shard(out["shard"], LENGTH)
     assert seen and all(torch.equal(other, full) for other in seen)
     assert torch.equal(tower.embedding(**ids), full)
-    after = snapshot(tower)
-    assert before.keys() == after.keys()
-    for name, attributes in before.items():
-        assert attributes.keys() == after[name].keys()
-        assert all(value is after[name][key] for key, value in attributes.items()), name
+    common.check_unchanged(before, common.snapshot(tower))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -340,7 +328,7 @@ def released():
         return out
 
     common.shadow(tower, embed)
-    tower.decoder, tower.post_process = common.NoDecoder(), False
+    common.keep_input_step(tower)
     with fix():
         out = models.forward(tower, models.batch(LENGTH))
     gc.collect()
@@ -517,7 +505,7 @@ def own_group():
     expected = models.step(plain, data)
     with fix():
         actual = models.step(tower, data)
-        common.shadow(tower, Wrapper(tower.embedding))
+        STAND_INS["function"](tower, False)  # which has no group of its own
         wrapped = models.step(tower, data)
     check_same(expected, actual)
     check_same(expected, wrapped)
@@ -525,14 +513,6 @@ def own_group():
 
 
 SIZES = {"tensor_model_parallel_size": 2}
-
-
-class Wrapper:
-    def __init__(self, real):
-        self.real = real
-
-    def __call__(self, input_ids, position_ids):
-        return self.real(input_ids=input_ids, position_ids=position_ids)
 
 
 @pytest.mark.skipif(

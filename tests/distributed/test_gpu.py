@@ -9,7 +9,7 @@ import inspect
 
 import pytest
 import torch
-from common import NoDecoder, check_shard, check_tower, fix, tp_rank
+from common import check_shard, check_tower, fix, keep_input_step, tp_rank
 
 from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionLayer
 from megatron_sp_fix import models, status
@@ -81,9 +81,8 @@ def graphed():
     """The model's input step, captured and replayed with other tokens."""
     plain, tower = models.pair("gpt", position="none")
     data = [models.batch(LENGTH, seed=seed) for seed in range(3)]
-    for model in (plain, tower):
-        model.decoder, model.post_process = NoDecoder(), False
-        model.eval()
+    keep_input_step(plain, tower)
+    plain.eval(), tower.eval()
     with random_state_for_graphs(), fix(), torch.no_grad():
         expected = [models.forward(plain, each) for each in data]
         ids = {name: tensor.clone() for name, tensor in data[0].items()}
@@ -116,11 +115,10 @@ def dynamic(quantized):
     from megatron.core.inference.utils import InferenceMode
 
     plain, tower = models.pair("gpt", position="none")
-    for model in (plain, tower):
-        model.eval()
-        model.decoder, model.post_process = NoDecoder(), False
-        if quantized:
-            model.config.fp8 = "hybrid"
+    keep_input_step(plain, tower)
+    plain.eval(), tower.eval()
+    if quantized:
+        plain.config.fp8 = tower.config.fp8 = "hybrid"
     context = DynamicInferenceContext(
         plain.config,
         InferenceConfig(max_sequence_length=64, buffer_size_gb=0.05, max_requests=8, max_tokens=64),

@@ -11,7 +11,19 @@ import threading
 
 import pytest
 import torch
-from common import NoDecoder, check_same, check_shard, check_tower, fix, shadow, tp_rank, tp_size
+from common import (
+    check_same,
+    check_shard,
+    check_tower,
+    check_unchanged,
+    fix,
+    full_length,
+    keep_input_step,
+    shadow,
+    snapshot,
+    tp_rank,
+    tp_size,
+)
 
 import megatron_sp_fix
 from megatron.core import parallel_state
@@ -170,11 +182,7 @@ def adapter():
             return self.words.weight
 
         def forward(self, ids):
-            flag, self.words.reduce_scatter_embeddings = self.words.reduce_scatter_embeddings, False
-            try:
-                return self.words(ids) + self.b(self.a(ids))
-            finally:
-                self.words.reduce_scatter_embeddings = flag
+            return full_length(self.words, ids) + self.b(self.a(ids))
 
     plain, tower = models.pair("gpt")
     # The plain LM must scatter late, too, to have an adapter.
@@ -308,7 +316,7 @@ def test_copies_and_pickles(run):
 def faults():
     """An exception at each line that runs inside the embedding leaves everything as it was."""
     _, tower = models.pair("gpt", position="none")
-    tower.decoder, tower.post_process = NoDecoder(), False
+    keep_input_step(tower)
     data = models.batch(LENGTH)
     ids = {"input_ids": data["input_ids"], "position_ids": data["position_ids"]}
     full = tower.embedding(**ids)
@@ -340,20 +348,13 @@ def faults():
         assert out.shape[0] == LENGTH // 2
         return lines
 
-    def attributes():
-        return {name: dict(module.__dict__) for name, module in tower.embedding.named_modules()}
-
     with fix():
         total = attempt(0)
-        before = attributes()
+        before = snapshot(tower)
         for at in range(1, total + 1):
             with pytest.raises(Fault):
                 attempt(at)
-            after = attributes()
-            assert before.keys() == after.keys()
-            for name, values in before.items():
-                assert values.keys() == after[name].keys(), (name, at)
-                assert all(value is after[name][key] for key, value in values.items()), (name, at)
+            check_unchanged(before, snapshot(tower))
         assert total > 30
         assert attempt(0) == total
     assert torch.equal(tower.embedding(**ids), full)
@@ -380,7 +381,7 @@ def rounds():
                 and not module.word_embeddings.reduce_scatter_embeddings
             )
 
-    tower.decoder, tower.post_process = NoDecoder(), False
+    keep_input_step(tower)
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-5)
     thread = threading.Thread(target=outer)
@@ -404,7 +405,7 @@ def test_rule_5_ten_thousand_rounds(run):
 def raced():
     """Threads apply and remove as a model runs: a forward is wholly with the fix or without."""
     _, tower = models.pair("gpt", position="none")
-    tower.decoder, tower.post_process = NoDecoder(), False
+    keep_input_step(tower)
     data = models.batch(LENGTH)
     full = tower.embedding(data["input_ids"], data["position_ids"]).detach()
 
