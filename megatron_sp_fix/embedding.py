@@ -195,7 +195,7 @@ def _is_stock(module: Any, cls: type[torch.nn.Module]) -> bool:
 def _embed_scattered(
     embedding: LanguageModelEmbedding, input_ids: Tensor, position_ids: Optional[Tensor]
 ) -> Tensor:
-    """Run a stock embedding as if it had been built with ``scatter_to_sequence_parallel=True``."""
+    """Run a stock embedding as one does that was built to scatter."""
     words = embedding.word_embeddings
     reduce_scatter = (
         not embedding.add_position_embedding
@@ -206,7 +206,9 @@ def _embed_scattered(
         words = _twin(words, reduce_scatter_embeddings=True)
     scattering = _twin(
         embedding,
-        scatter_to_sequence_parallel=True,
+        # With both flags True it would also clone the shard, which the reduce-scatter's output, no
+        # view of anything, does not need.
+        scatter_to_sequence_parallel=not reduce_scatter,
         reduce_scatter_embeddings=reduce_scatter,
         _modules={**embedding._modules, "word_embeddings": words},
     )

@@ -161,26 +161,30 @@ def test_rule_3_nothing_kept(run, kind, position, clone):
 # Rule 4: one collective.
 
 
-def collectives(function):
-    """Count the collectives that a call issues, by name."""
+def operations(function):
+    """Count the collectives that a call issues, and its clones, by name."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         function()
-    names = (event.name for event in profile.events() if event.name.startswith("c10d::"))
-    return collections.Counter(name.removeprefix("c10d::").strip("_") for name in names)
+    names = [event.name for event in profile.events()]
+    sent = (name.removeprefix("c10d::").strip("_") for name in names if name.startswith("c10d::"))
+    return collections.Counter(sent), names.count("aten::clone")
 
 
 def one_collective():
     plain, tower = models.pair("gpt", position="none", layers=1)
     data = models.batch(LENGTH)
     common.keep_input_step(plain, tower)
-    counted = []
+    counted, clones = [], []
     for model in (plain, tower):
         with fix():
             shard = [None]
-            forward = collectives(lambda: shard.__setitem__(0, models.forward(model, data)))
-            backward = collectives(lambda: shard[0].sum().backward())
+            forward, copied = operations(lambda: shard.__setitem__(0, models.forward(model, data)))
+            backward, _ = operations(lambda: shard[0].sum().backward())
         counted.append((forward, backward))
+        clones.append(copied)
     assert counted[0] == counted[1], counted
+    # The plain LM also copies what the reduce-scatter made, which is nobody's view.
+    assert clones[1] == clones[0] - 1, clones
     assert [sum(c.values()) for c in counted[1]] == [1, 1], counted
     assert "reduce_scatter" in next(iter(counted[1][0])), counted
     assert "allgather" in next(iter(counted[1][1])), counted
