@@ -22,43 +22,46 @@ STYLES = {
     "tower, SP off": {"color": "#7a7a7a", "marker": "^", "markersize": 5},
     "reduce-scatter alone": {"color": "black", "linestyle": ":"},
 }
+# Only the first are those of a training job.
+TIMES = {
+    "gpus": "ms forward and backward",
+    "shared-gpu": "ms forward and backward, over sockets",
+    "local-kernels": "ms on the GPU besides communication",
+    "cpu": "ms on CPUs",
+    "local-kernels-cpu": "ms on a CPU besides communication",
+}
 
 
 def draw(source: Path, out: Path) -> None:
-    """Draw bytes kept and milliseconds against the sequence length, of the worst rank.
-
-    Milliseconds only where each rank had a GPU: else they are not those of a training job.
-    """
+    """Draw bytes kept and milliseconds against the sequence length, of the worst rank."""
     data = json.loads(source.read_text())
-    timed = data["mode"] == "gpus"
     lengths = sorted({row["length"] for row in data["results"]})
-    size = (9, 3.4) if timed else (4.8, 3.4)
-    figure, axes = plt.subplots(1, 1 + timed, figsize=size, layout="constrained", squeeze=False)
-    for axis in axes[0]:
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    for axis in axes:
         axis.set(xscale="log", yscale="log", xlabel="sequence length, tokens")
     for name, style in STYLES.items():
         rows = [row for row in data["results"] if row["variant"] == name]
         kept = [max(rank["kept_bytes"] or 0 for rank in row["ranks"]) / 2**20 for row in rows]
         if rows and all(kept):
-            axes[0, 0].plot(lengths, kept, label=name, **style)
-        if rows and timed:
+            axes[0].plot(lengths, kept, label=name, **style)
+        if rows:
             times = [
                 max((rank["step_ms"] for rank in row["ranks"]), key=lambda time: time["median"])
                 for row in rows
             ]
-            axes[0, 1].plot(lengths, [time["median"] for time in times], label=name, **style)
+            axes[1].plot(lengths, [time["median"] for time in times], label=name, **style)
             low, high = ([time[quartile] for time in times] for quartile in ("q1", "q3"))
-            axes[0, 1].fill_between(lengths, low, high, color=style["color"], alpha=0.3)
-            axes[0, 1].set_ylabel("ms forward and backward")
-    axes[0, 0].set_ylabel("MiB kept from forward to backward")
-    for axis in axes[0]:
+            axes[1].fill_between(lengths, low, high, color=style["color"], alpha=0.3)
+            axes[1].set_ylabel(TIMES[data["mode"]])
+    axes[0].set_ylabel("MiB kept from forward to backward")
+    for axis in axes:
         axis.set_xticks(lengths, [f"{n // 1024}k" if n >= 1024 else str(n) for n in lengths])
         axis.minorticks_off()
         axis.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
         axis.yaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda y, _: f"{y:g}"))
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0, -1].legend(frameon=False, fontsize="small")
+    axes[1].legend(frameon=False, fontsize="small")
     figure.savefig(out, dpi=100, pil_kwargs={"optimize": True})
     plt.close(figure)
 

@@ -77,10 +77,10 @@ def embed_for_decoder(
         and inference_context.is_dynamic_batching()
         and (getattr(model.config, "fp8", None) or getattr(model.config, "fp4", None))
     ):
-        # The slice counts rows of the whole sequence; this shard holds those from `offset` on.
+        # Padding is what follows in the whole sequence, of which this shard begins at `offset`.
+        # (The context's `padding_slice` says the same, from 0.16 on.)
         offset = group.rank() * shard.shape[0]
-        start, stop, _ = inference_context.padding_slice.indices(input_ids.shape[1])
-        shard[max(start - offset, 0) : max(stop - offset, 0)] = 0.0
+        shard[max(inference_context.active_token_count - offset, 0) :] = 0.0
     return shard
 
 
@@ -216,25 +216,37 @@ def _embed_scattered(
     return output
 
 
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
+
 def _twin(module: torch.nn.Module, **changes: Any) -> Any:
     """Copy a module with some attributes changed; it shares the parameters.
 
     The module itself keeps its attributes, since another thread may be calling it. Its hooks run,
-    and are given the module, not the twin.
+    and are given the module, not the twin, which torch's global hooks are given.
     """
-    twin = object.__new__(type(module))
-    twin.__dict__.update(module.__dict__, **changes)
-    for name in ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks"):
+    kept = (*changes, *_HOOKS)
+    for name in _HOOKS:
         hooks = module.__dict__[name]
         if hooks:
             # By the same keys, which torch also looks up in the dicts of the hooks' options.
-            bound = ((key, partial(_call_hook, hook, module)) for key, hook in hooks.items())
-            twin.__dict__[name] = type(hooks)(bound)
+            bound = ((key, partial(_call_hook, hook, module, kept)) for key, hook in hooks.items())
+            changes[name] = type(hooks)(bound)
+    twin = object.__new__(type(module))
+    twin.__dict__.update(module.__dict__, **changes)
     return twin
 
 
-def _call_hook(hook: Callable[..., Any], module: torch.nn.Module, _: Any, *rest: Any) -> Any:
-    return hook(module, *rest)
+def _call_hook(
+    hook: Callable[..., Any], module: torch.nn.Module, kept: tuple[str, ...], twin: Any, *rest: Any
+) -> Any:
+    result = hook(module, *rest)
+    # A hook may assign to the module, as those of `torch.nn.utils.prune` do: the weight to use.
+    now = module.__dict__.copy()
+    for name in kept:
+        now.pop(name, None)
+    twin.__dict__.update(now)
+    return result
 
 
 class _TakeShard(torch.autograd.Function):

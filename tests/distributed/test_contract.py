@@ -12,6 +12,7 @@ import common
 import pytest
 import torch
 from common import STAND_INS, check_same, check_shard, check_tower, fix
+from torch.nn.utils import prune
 
 from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -270,6 +271,20 @@ def hooked(everyone):
 @pytest.mark.parametrize("everyone", [True, False])
 def test_rule_5_hooks(run, everyone):
     run(hooked, everyone, tp=2, timeout=60)
+
+
+def pruned():
+    plain, tower = models.pair("gpt")
+    for model in (plain, tower):
+        words = model.embedding.word_embeddings
+        prune.identity(words, "weight")
+        with torch.no_grad():
+            words.weight_orig += 1
+    check_tower(plain, tower, models.batch(LENGTH), LENGTH)
+
+
+def test_rule_5_a_hook_that_assigns_the_weight(run):
+    run(pruned, tp=2)
 
 
 # Rules 6 and 7: never twice; embeddings of other people's making.

@@ -2,6 +2,7 @@
 """Inference contexts: a prefill is a standalone forward, and under SP it runs on shards."""
 
 import contextlib
+import inspect
 
 import common
 import pytest
@@ -9,6 +10,7 @@ import torch
 from common import fix
 
 from megatron.core.inference.contexts import BaseInferenceContext, StaticInferenceContext
+from megatron.core.inference.contexts.dynamic_context import DynamicInferenceContext
 from megatron_sp_fix import models, status
 
 LENGTH = 16
@@ -75,8 +77,15 @@ def test_static_context_prefill_and_decode(run, kind):
 
 class DynamicContext(BaseInferenceContext):
     def __init__(self, active, padded):
-        # The base class's own arguments differ between releases, and nothing here reads them.
-        self.padding_slice = slice(active, padded)
+        # The base class's own arguments differ between releases, and nothing here reads them. It
+        # has no more than the release's own context has.
+        own = inspect.getsource(DynamicInferenceContext)
+        for name, value in {
+            "active_token_count": active,
+            "padding_slice": slice(active, padded),
+        }.items():
+            if f"self.{name} = " in own:
+                setattr(self, name, value)
 
     def is_static_batching(self):
         return False

@@ -230,7 +230,7 @@ def checkpoint():
         torch.save(tower.state_dict(), buffer)
         sharded = tower.sharded_state_dict()
         return buffer.getvalue(), {
-            key: (value.key, value.global_offset, value.data.numpy(force=True).tobytes())
+            key: (value.key, value.global_offset, value.data.flatten().view(torch.uint8).tolist())
             for key, value in sharded.items()
             if getattr(value, "data", None) is not None and hasattr(value, "global_offset")
         }
