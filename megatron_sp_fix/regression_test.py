@@ -2,6 +2,8 @@
 
 """A language model built with scatter_embedding_sequence_parallel=False, run by itself."""
 
+import inspect
+
 import pytest
 import torch
 
@@ -12,9 +14,11 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_mtp_block_spec,
 )
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.tensor_parallel.mappings import scatter_to_sequence_parallel_region
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionLayer
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from tests.unit_tests.test_utilities import Utils
@@ -22,7 +26,7 @@ from tests.unit_tests.test_utilities import Utils
 SEQ, BATCH, HIDDEN, VOCAB, TP = 16, 2, 32, 64, 2
 
 
-def _build(scatter, position="rope", mtp=False):
+def _build(scatter, position="rope", mtp=False, hybrid=False):
     config = TransformerConfig(
         num_layers=1,
         hidden_size=HIDDEN,
@@ -36,25 +40,35 @@ def _build(scatter, position="rope", mtp=False):
         mtp_num_layers=1 if mtp else None,
         mtp_loss_scaling_factor=0.1,
     )
-    # Local layers without norms: they need neither Transformer Engine nor Apex.
+    # Local layers without norms, which Apex would make.
     layer = get_gpt_layer_local_spec()
     layer.submodules.input_layernorm = IdentityOp
     layer.submodules.pre_mlp_layernorm = IdentityOp
+    common = {
+        "vocab_size": VOCAB,
+        "max_sequence_length": SEQ,
+        "position_embedding_type": position,
+        "scatter_embedding_sequence_parallel": scatter,
+    }
+    if hybrid:
+        from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
+        from megatron.core.models.hybrid.hybrid_model import HybridModel
+
+        stack = ModuleSpec(
+            module=HybridStack,
+            params={"post_layer_norm": False},
+            submodules=HybridStackSubmodules(attention_layer=layer),
+        )
+        return HybridModel(
+            config, hybrid_stack_spec=stack, hybrid_layer_pattern="*", **common
+        ).cuda()
     block = None
     if mtp:
         block = get_gpt_mtp_block_spec(config, layer, use_transformer_engine=False)
         for name in ("enorm", "hnorm", "layer_norm"):
             setattr(block.layer_specs[0].submodules, name, IdentityOp)
-    model = GPTModel(
-        config,
-        transformer_layer_spec=TransformerBlockSubmodules(layer_specs=[layer], layer_norm=None),
-        vocab_size=VOCAB,
-        max_sequence_length=SEQ,
-        position_embedding_type=position,
-        scatter_embedding_sequence_parallel=scatter,
-        mtp_block_spec=block,
-    )
-    return model.cuda()
+    layers = TransformerBlockSubmodules(layer_specs=[layer], layer_norm=None)
+    return GPTModel(config, transformer_layer_spec=layers, mtp_block_spec=block, **common).cuda()
 
 
 def _pair(**options):
@@ -73,20 +87,21 @@ def _batch():
     }
 
 
-def _step(model):
+def _step(model, **more):
     """Run one training step; return the loss, the gradients and what the decoder was given."""
-    seen = []
+    seen = {}
     hook = model.decoder.register_forward_pre_hook(
-        lambda _, args, kwargs: seen.append(kwargs["hidden_states"]), with_kwargs=True
+        lambda _, args, kwargs: seen.update(kwargs), with_kwargs=True
     )
-    loss = model(**_batch())
+    loss = model(**_batch(), **more)
     hook.remove()
     loss.mean().backward()
-    return loss.detach(), [parameter.grad for parameter in model.parameters()], seen[0]
+    return loss.detach(), [parameter.grad for parameter in model.parameters()], seen
 
 
 def _check(plain, tower):
-    (loss, grads, shard), (tower_loss, tower_grads, tower_shard) = _step(plain), _step(tower)
+    (loss, grads, seen), (tower_loss, tower_grads, tower_seen) = _step(plain), _step(tower)
+    shard, tower_shard = seen["hidden_states"], tower_seen["hidden_states"]
     assert torch.equal(loss, tower_loss)
     for grad, tower_grad in zip(grads, tower_grads):
         assert (grad is None and tower_grad is None) or torch.equal(grad, tower_grad)
@@ -112,20 +127,23 @@ class TestStandaloneTower:
     def test_mtp_same_as_plain_lm(self):
         _check(*_pair(mtp=True))
 
-    def test_embedding_that_shards_is_not_sharded_again(self):
-        plain, tower = _pair()
+    @pytest.mark.parametrize("position", ["rope", "none"])
+    def test_hybrid_same_as_plain_lm(self, position):
+        pytest.importorskip("megatron.core.models.hybrid.hybrid_block")
+        _check(*_pair(position=position, hybrid=True))
+
+    @pytest.mark.parametrize("mtp", [False, True])
+    @pytest.mark.parametrize("shards", [False, True])
+    def test_function_in_place_of_the_embedding(self, shards, mtp):
+        plain, tower = _pair(mtp=mtp)
         full_length = tower.embedding
 
         def embed(input_ids, position_ids):
-            rank = parallel_state.get_tensor_model_parallel_rank()
-            return full_length(input_ids, position_ids).chunk(TP)[rank]
+            embeddings = full_length(input_ids, position_ids)
+            return scatter_to_sequence_parallel_region(embeddings) if shards else embeddings
 
         tower.__dict__["embedding"] = embed
-        batch = _batch()
-        for name in ("labels", "attention_mask"):
-            batch.pop(name)
-        shard, expected = (model._preprocess(**batch)[0] for model in (tower, plain))
-        assert torch.equal(shard, expected)
+        _check(plain, tower)
 
     def test_hook_of_one_rank_sees_the_embedding(self):
         plain, tower = _pair()
@@ -148,6 +166,9 @@ class TestStandaloneTower:
         assert shard_padding_mask(tower, shard, ids) is shard
         with pytest.raises(ValueError, match="padding_mask has shape"):
             shard_padding_mask(tower, mask[:, :3], ids)
+        if "padding_mask" in inspect.signature(tower.forward).parameters:
+            _, _, seen = _step(tower, padding_mask=mask)
+            assert torch.equal(seen["padding_mask"], shard)
 
     @pytest.mark.parametrize("active", [3, SEQ // TP, SEQ - 3])
     def test_padding_rows_of_a_quantized_batch(self, active):
@@ -155,7 +176,7 @@ class TestStandaloneTower:
         batch = {name: _batch()[name][:1] for name in ("input_ids", "position_ids")}
 
         class Context:
-            padding_slice = slice(active, SEQ)
+            active_token_count = active
 
             def is_dynamic_batching(self):
                 return True

@@ -30,19 +30,22 @@ training), its decoder must get a shard.
 megatron-core scatters at some of these places by itself, after an all-reduce.
 That leaves:
 - the full-length tensor alive until backward, since the scattered part is a view
-- an all-reduce of [s, b, h] where a plain LM pays one reduce-scatter
-- an embedding that shards by itself (a wrapper, a replaced function) sharded twice
-- MTP's speculative step, and in 0.19 MTP training, without a shard
-- no regression test
+- an all-reduce of [s, b, h] where a plain LM (unless it adds learned positions)
+  pays one reduce-scatter
+- an embedding that shards by itself (a wrapper) sharded twice, and one without the
+  flag (a function) refused
+- MTP's speculative step without a shard
+- no regression test on ranks
 
 models/common/embeddings/embedding.py embeds as a plain LM would, and every place
 that embeds tokens for a decoder calls it. The embedding module is not changed,
-so an outer model still gets full length. Padding masks are sharded over the
-model's own TP group.
+so an outer model still gets full length. In a standalone forward, hooks on the
+embedding and on its word embeddings see what they see in a plain LM: the shard.
+Padding masks are sharded where tokens are embedded, over the model's own TP group.
 
 Tested: logits, loss and all gradients are bitwise those of a model built with
-the flag on, for GPTModel, HybridModel and MTP, at TP 2 and 4. The new unit test
-fails without the rest of this change.
+the flag on, for GPTModel and HybridModel, at TP 2 and 4, and for MTP on 0.12 to
+0.19. The new unit test fails without the change at any of the call sites.
 
 At tp=2, h=4096, bf16, s=131072 the input step of a plain LM keeps 513 MiB for
 backward, all-reduce and split 1025 MiB; this change keeps what the plain LM
