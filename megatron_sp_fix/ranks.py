@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Ranks of real processes: a pool that lives for a session, over gloo on CPUs or NCCL on GPUs."""
 
+import faulthandler
 import multiprocessing
 import os
 import pickle
+import signal
 import tempfile
 import time
 import traceback
@@ -49,7 +51,9 @@ class Ranks:
         self._processes = []
         for rank in range(self.size):
             ours, theirs = self._context.Pipe()
-            process = self._context.Process(target=_serve, args=(rank, theirs), daemon=True)
+            process = self._context.Process(
+                target=_serve, args=(rank, theirs, self._stack(rank)), daemon=True
+            )
             process.start()
             theirs.close()
             self._pipes.append(ours)
@@ -76,7 +80,7 @@ class Ranks:
             list: the results, by rank.
 
         Raises:
-            RankError: the function raised on some rank, or took too long.
+            RankError: the function raised on some rank, or took too long; the message says where.
         """
         ranks = ranks or self.size
         if self._layout != (ranks, layout):
@@ -89,10 +93,15 @@ class Ranks:
         results, errors = [], []
         deadline = time.monotonic() + timeout
         for rank, pipe in enumerate(self._pipes[:ranks]):
-            error, result = f"no answer after {timeout} s", None
+            error, result = None, None
             try:
                 if pipe.poll(max(0, deadline - time.monotonic())):
                     error, result = pickle.loads(pipe.recv_bytes())
+                else:
+                    os.kill(self._processes[rank].pid, signal.SIGUSR1)
+                    time.sleep(0.5)  # it writes its stacks
+                    with open(self._stack(rank), encoding="utf-8") as stacks:
+                        error = f"no answer after {timeout} s\n{stacks.read()}"
             except EOFError:
                 error = "the process died"
             results.append(result)
@@ -105,6 +114,9 @@ class Ranks:
             self._layout = None  # a collective may have been left half done
             raise RankError("\n".join(errors))
         return results
+
+    def _stack(self, rank: int) -> str:
+        return os.path.join(self._folder.name, f"stack{rank}")
 
     def close(self) -> None:
         """End the processes."""
@@ -131,7 +143,10 @@ class Ranks:
         self.close()
 
 
-def _serve(rank: int, pipe: Connection) -> None:
+def _serve(rank: int, pipe: Connection, stack: str) -> None:
+    # Python's own handler would wait for the collective to return.
+    stacks = open(stack, "w", encoding="utf-8")  # noqa: SIM115 - for the life of the process
+    faulthandler.register(signal.SIGUSR1, file=stacks)
     current: Any = None
     while True:
         try:

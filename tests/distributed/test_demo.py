@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The demonstration: by itself, and under torchrun."""
+"""The demonstration, by itself and under torchrun; and ranks that do not answer."""
 
 import os
 import subprocess
@@ -7,6 +7,8 @@ import sys
 
 import pytest
 import torch
+
+from megatron_sp_fix.ranks import RankError, Ranks
 
 OURS = ["-m", "megatron_sp_fix", "demo"]
 TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node", "2"]
@@ -28,3 +30,15 @@ def test_demo(request, launcher):
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("every patched row holds, on every rank") == 1
     assert "GPTModel: plain LM" in done.stderr
+
+
+def stuck():
+    if torch.distributed.get_rank() == 0:
+        torch.distributed.barrier()
+
+
+def test_a_rank_that_does_not_answer():
+    with Ranks(2) as ranks:
+        with pytest.raises(RankError, match=r"(?s)^rank 0 of 2: no answer after 5 s.* in stuck\n"):
+            ranks.run(stuck, tp=2, timeout=5)
+        assert ranks.run(os.getpid, tp=2)  # started anew
