@@ -88,11 +88,12 @@ class Ranks:
             self._setups += 1
         store = os.path.join(self._folder.name, f"store{self._setups}")
         call = pickle.dumps((ranks, store, layout, function, args))
-        for pipe in self._pipes[:ranks]:
+        # All of them: NCCL ends a group only when every rank that was in it does.
+        for pipe in self._pipes:
             pipe.send_bytes(call)
         results, errors = [], []
         deadline = time.monotonic() + timeout
-        for rank, pipe in enumerate(self._pipes[:ranks]):
+        for rank, pipe in enumerate(self._pipes):
             error, result = None, None
             try:
                 if pipe.poll(max(0, deadline - time.monotonic())):
@@ -113,7 +114,7 @@ class Ranks:
         if errors:
             self._layout = None  # a collective may have been left half done
             raise RankError("\n".join(errors))
-        return results
+        return results[:ranks]
 
     def _stack(self, rank: int) -> str:
         return os.path.join(self._folder.name, f"stack{rank}")
@@ -158,8 +159,10 @@ def _serve(rank: int, pipe: Connection, stack: str) -> None:
             if current != store:
                 teardown()
                 current = store
-                setup(rank, ranks, f"file://{store}", **layout)
-            result = function(*args)
+                if rank < ranks:
+                    setup(rank, ranks, f"file://{store}", **layout)
+            if rank < ranks:
+                result = function(*args)
         except BaseException:
             error = traceback.format_exc()
         try:

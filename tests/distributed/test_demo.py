@@ -11,7 +11,9 @@ import torch
 from megatron_sp_fix.ranks import RankError, Ranks
 
 OURS = ["-m", "megatron_sp_fix", "demo"]
-TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node", "2"]
+# On a port of its own: torchrun's usual one may be taken.
+TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+TORCHRUN += ["--local-addr", "127.0.0.1"]
 
 
 @pytest.mark.skipif(torch.cuda.device_count() == 1, reason="one GPU does not make two ranks")
@@ -39,6 +41,7 @@ def stuck():
 
 def test_a_rank_that_does_not_answer():
     with Ranks(2) as ranks:
+        before = ranks.run(os.getpid, tp=2)  # they have imported what they need
         with pytest.raises(RankError, match=r"(?s)^rank 0 of 2: no answer after 5 s.* in stuck\n"):
             ranks.run(stuck, tp=2, timeout=5)
-        assert ranks.run(os.getpid, tp=2)  # started anew
+        assert not {*before} & {*ranks.run(os.getpid, tp=2)}, "not started anew"
