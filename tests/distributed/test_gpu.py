@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What only a GPU can show: the CUDA random state, recomputation, CUDA graphs, compiled decoders.
+"""What only a GPU can show: the CUDA random state, recomputation, CUDA graphs, compiled layers.
 
 The rest of the suite runs over NCCL, too, on a machine with two GPUs or more.
 """
@@ -9,9 +9,10 @@ import inspect
 
 import pytest
 import torch
-from common import check_shard, check_tower, fix, keep_input_step, tp_rank
+from common import check_same, check_shard, check_tower, fix, keep_input_step, tp_rank
 
 from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionLayer
+from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_sp_fix import models, status
 
 LENGTH = 16
@@ -87,6 +88,7 @@ def graphed():
         expected = [models.forward(plain, each) for each in data]
         ids = {name: tensor.clone() for name, tensor in data[0].items()}
         stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())  # which still writes `ids`
         with torch.cuda.stream(stream):
             models.forward(tower, ids)
         stream.synchronize()
@@ -104,6 +106,49 @@ def graphed():
 
 def test_captured_in_a_cuda_graph(run):
     run(graphed, tp=2)
+
+
+def layers_in_graphs():
+    """megatron-core's own graphs of every layer, forward and backward, beside a plain LM's layers.
+
+    The first step records, the second replays with other tokens.
+    """
+    from megatron.core.transformer import cuda_graphs
+
+    data = [models.batch(LENGTH, seed=seed) for seed in range(2)]
+    results, weights = [], None
+    for scatter, graphs in ((True, "none"), (True, "local"), (False, "local")):
+        # Off the default stream, which a graph cannot depend on.
+        with random_state_for_graphs(), torch.cuda.stream(torch.cuda.Stream()), fix():
+            model = models.build("gpt", scatter, config={"cuda_graph_impl": graphs})
+            weights = weights or model.state_dict()
+            model.load_state_dict(weights)
+            for parameter in model.parameters():
+                parameter.main_grad = torch.zeros_like(parameter)  # where graphs add, from 0.19 on
+            torch.cuda.synchronize()  # it was built on another stream than it runs on
+            models.step(model, data[0])
+            cuda_graphs.create_cudagraphs()
+            results.append(models.step(model, data[1]))
+            for name, parameter in model.named_parameters():
+                grad = results[-1].setdefault(f"grad {name}", torch.zeros_like(parameter))
+                grad += parameter.main_grad
+            for layer in model.decoder.layers if graphs == "local" else ():
+                (runner,) = layer.cudagraph_manager.cudagraph_runners
+                assert runner.fwd_graph is not None and runner.bwd_graph is not None
+            torch.cuda.synchronize()
+            cuda_graphs.delete_cuda_graphs()
+    without, expected, actual = results
+    check_same(expected, actual)
+    # Not the gradients: with graphs 0.16.1 computes others, in plain LMs too.
+    assert all(torch.equal(without[name], actual[name]) for name in ("logits 0", "loss"))
+    check_shard(actual["shard"], LENGTH)
+
+
+@pytest.mark.skipif(
+    not hasattr(TransformerConfig, "cuda_graph_impl"), reason="no such graphs before 0.15"
+)
+def test_layers_in_graphs_of_megatron_core(run):
+    run(layers_in_graphs, tp=2)
 
 
 def dynamic(quantized):

@@ -48,8 +48,12 @@ def run_case(
     train,
     seed,
 ):
-    if kind == "hybrid" and position == "rope":
-        position = "none"  # MambaModel 0.13 fails with rope
+    if kind == "hybrid":
+        position = "none" if position == "rope" else position  # MambaModel 0.13 fails with rope
+        if os.environ.get("BF16"):
+            fp32_residual = False  # the test's hybrids have no final norm to cast it back
+    if kind == "mtp":
+        rows = max(rows, 2)  # of two tokens none is left for the second depth: NaN up to 0.16
     config = {
         "hidden_dropout": 0.0 if stand_in else dropout,  # a stand-in's draws from all rows
         "fp32_residual_connection": fp32_residual,
