@@ -7,6 +7,7 @@ import copy
 import gc
 import json
 import os
+import random
 import statistics
 import subprocess
 import time
@@ -64,11 +65,6 @@ def parse(description: str, **defaults: Any) -> argparse.Namespace:
     parser.add_argument("--ranks", type=int, default=2, help="the TP size")
     parser.add_argument("--timeout", type=float, default=3600, help="seconds for all of it")
     parser.add_argument("--cpu", action="store_true", help="to try it out, over gloo")
-    parser.add_argument(
-        "--local-kernels",
-        action="store_true",
-        help="one process as rank 0, whose collectives send nothing: times what else runs",
-    )
     parser.add_argument("--out", type=Path, help="JSON; by default results/NAME-MODE.json")
     options = parser.parse_args()
     options.ranks = int(os.environ.get("WORLD_SIZE", options.ranks))
@@ -87,10 +83,7 @@ def run(name: str, measure: Callable[..., list[tuple]], options: argparse.Namesp
         measure: importable by name; called with the options, returns (length, variant, figures).
         options: as :func:`parse` returns.
     """
-    if options.local_kernels:
-        _set_up_alone(options)
-        results = [_on_rank(measure, options)]
-    elif "RANK" in os.environ:  # torchrun
+    if "RANK" in os.environ:  # torchrun
         from megatron_sp_fix.ranks import setup, teardown
 
         setup(int(os.environ["RANK"]), options.ranks, "env://", tp=options.ranks)
@@ -109,11 +102,10 @@ def run(name: str, measure: Callable[..., list[tuple]], options: argparse.Namesp
     facts, figures = zip(*results)
     devices = len({fact.pop("device") for fact in facts})
     mode = "cpu" if options.cpu else "gpus" if devices == options.ranks else "shared-gpu"
-    mode = f"local-kernels{'-cpu' if options.cpu else ''}" if options.local_kernels else mode
     machine = facts[0] | {"ranks": options.ranks, "ranks_share_a_gpu": mode == "shared-gpu"}
     if not options.cpu:
         machine["gpus"] = devices
-    unsaid = ("out", "timeout", "cpu", "local_kernels", "ranks")
+    unsaid = ("out", "timeout", "cpu", "ranks")
     setting = {key: value for key, value in vars(options).items() if key not in unsaid}
     setting |= {"batch": 1, "dtype": "bfloat16"}
     head = {"benchmark": name, "mode": mode, "machine": machine, "setting": setting}
@@ -144,27 +136,6 @@ def _brief(figures: dict[str, Any]) -> str:
     return ", ".join(shown)
 
 
-def _set_up_alone(options: argparse.Namespace) -> None:
-    """Be rank 0 of a group whose other ranks do not exist and are not waited for."""
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    from megatron.core import parallel_state, tensor_parallel
-
-    torch.distributed.init_process_group(
-        "fake", rank=0, world_size=options.ranks, store=FakeStore()
-    )
-    if options.cpu:  # as `setup` does
-        torch.set_num_threads(1)
-        torch.cuda.current_device = lambda: torch.device("cpu")
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=options.ranks, create_gloo_process_groups=False
-    )
-    if options.cpu:
-        tensor_parallel.random.initialize_rng_tracker(inference_rng_tracker=True)
-    else:
-        tensor_parallel.model_parallel_cuda_manual_seed(1234)
-
-
 def _on_rank(measure: Callable[..., list[tuple]], options: argparse.Namespace) -> tuple:
     """This rank's facts and figures."""
     import megatron_sp_fix
@@ -188,6 +159,7 @@ def _on_rank(measure: Callable[..., list[tuple]], options: argparse.Namespace) -
             "cuda": torch.version.cuda,
             "nccl": ".".join(map(str, torch.cuda.nccl.version())),
             "device": str(getattr(gpu, "uuid", index)),
+            "nccl_settings": {k: v for k, v in os.environ.items() if k.startswith("NCCL_")},
         }
     torch.manual_seed(1)  # weights made on a CPU are cut from the same ones on every rank
     return facts, measure(options)
@@ -223,8 +195,9 @@ def compare(variants: dict[str, Variant], options: argparse.Namespace) -> dict[s
     figures = {name: account(variant, not options.cpu) for name, variant in variants.items()}
     order = list(variants)
     runs: dict[str, list[tuple]] = {name: [] for name in order}
+    shuffle = random.Random(0).shuffle  # the same order on every rank
     for _ in range(WARM_UP + options.rounds):
-        order.append(order.pop(0))  # so that nobody always follows the same one
+        shuffle(order)  # so that nobody always follows the same one
         for name in order:
             runs[name].append(_once(variants[name], not options.cpu))
     for name, times in runs.items():

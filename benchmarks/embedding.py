@@ -2,13 +2,13 @@
 """A model's input step: from token ids to what the decoder takes, in bf16, one sequence.
 
 The real forward runs, with a decoder that passes on what it is given: a plain LM, a tower with this
-fix, a tower with the release's own fix, and the reduce-scatter alone (backward: the all-gather),
-which none of them can beat.
+fix, a tower with the release's own fix. Then the collectives alone, in place of the forward the
+reduce-scatter, which the first two cannot beat, or the all-reduce; of the backward the all-gather.
 
 Example:
-    SHARE_GPU=1 python benchmarks/embedding.py      # two ranks, though there is one GPU
+    python benchmarks/embedding.py
     torchrun --nproc-per-node 2 benchmarks/embedding.py
-    python benchmarks/embedding.py --local-kernels
+    NCCL_P2P_DISABLE=1 python benchmarks/embedding.py --out benchmarks/results/embedding-no-p2p.json
 """
 
 import argparse
@@ -51,11 +51,10 @@ def measure(options: argparse.Namespace) -> list[tuple]:
             if not options.cpu:
                 torch.cuda.empty_cache()
             variants = at(length, plain, tower, native, options)
-            if not options.local_kernels:  # where shards hold no sums
-                with torch.no_grad():
-                    expected, *others = (v.forward() for v in variants.values() if v.model)
-                assert all(torch.equal(expected, shard) for shard in others)
-                del expected, others
+            with torch.no_grad():
+                expected, *others = (v.forward() for v in variants.values() if v.model)
+            assert all(torch.equal(expected, shard) for shard in others)
+            del expected, others
             figures = common.compare(variants, options)
             rows += [(length, name, of) for name, of in figures.items()]
     return rows
@@ -74,8 +73,6 @@ def at(length: int, plain: Any, tower: Any, native: Any, options: argparse.Names
 
     models = {"plain LM": plain, "tower, this fix": tower, "tower, native fix": native}
     variants = {name: embeds(model) for name, model in models.items() if model}
-    if options.local_kernels:
-        return variants
     from megatron.core.parallel_state import get_tensor_model_parallel_group
 
     group = get_tensor_model_parallel_group()
@@ -85,10 +82,15 @@ def at(length: int, plain: Any, tower: Any, native: Any, options: argparse.Names
         torch.distributed.reduce_scatter_tensor(summed, full, group=group)
         return summed
 
+    def reduce() -> torch.Tensor:
+        torch.distributed.all_reduce(gathered, group=group)
+        return gathered
+
     def gather(_: torch.Tensor) -> None:
         torch.distributed.all_gather_into_tensor(gathered, shard, group=group)
 
     variants["reduce-scatter alone"] = common.Variant(scatter, gather)
+    variants["all-reduce alone"] = common.Variant(reduce, gather)
     return variants
 
 

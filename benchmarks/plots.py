@@ -2,7 +2,7 @@
 """Draw what embedding.py and step.py measured: each JSON becomes docs/ITS_NAME.png.
 
 Example:
-    python benchmarks/plots.py benchmarks/results/*.json
+    python benchmarks/plots.py benchmarks/results/{embedding,step}-gpus.json
 """
 
 import argparse
@@ -20,25 +20,27 @@ STYLES = {
     "tower, this fix": {"color": "#08519c", "marker": "o", "markersize": 4},
     "tower, native fix": {"color": "#d95f02", "marker": "s", "markersize": 5},
     "tower, SP off": {"color": "#7a7a7a", "marker": "^", "markersize": 5},
+    "all-reduce alone": {"color": "#d95f02", "linestyle": ":"},
     "reduce-scatter alone": {"color": "black", "linestyle": ":"},
 }
 # Only the first are those of a training job.
 TIMES = {
     "gpus": "ms forward and backward",
     "shared-gpu": "ms forward and backward, over sockets",
-    "local-kernels": "ms on the GPU besides communication",
     "cpu": "ms on CPUs",
-    "local-kernels-cpu": "ms on a CPU besides communication",
 }
 
 
 def draw(source: Path, out: Path) -> None:
-    """Draw bytes kept and milliseconds against the sequence length, of the worst rank."""
+    """Draw bytes kept, milliseconds and their ratio against the sequence length, worst rank."""
     data = json.loads(source.read_text())
     lengths = sorted({row["length"] for row in data["results"]})
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
     for axis in axes:
-        axis.set(xscale="log", yscale="log", xlabel="sequence length, tokens")
+        axis.set(xscale="log", xlabel="sequence length, tokens")
+    for axis in axes[:2]:
+        axis.set(yscale="log")
+    reference = None
     for name, style in STYLES.items():
         rows = [row for row in data["results"] if row["variant"] == name]
         kept = [max(rank["kept_bytes"] or 0 for rank in row["ranks"]) / 2**20 for row in rows]
@@ -52,13 +54,19 @@ def draw(source: Path, out: Path) -> None:
             axes[1].plot(lengths, [time["median"] for time in times], label=name, **style)
             low, high = ([time[quartile] for time in times] for quartile in ("q1", "q3"))
             axes[1].fill_between(lengths, low, high, color=style["color"], alpha=0.3)
-            axes[1].set_ylabel(TIMES[data["mode"]])
+            reference = reference or times
+            if all(kept):
+                ratios = [time["median"] / plain["median"] for time, plain in zip(times, reference)]
+                axes[2].plot(lengths, ratios, **style)
     axes[0].set_ylabel("MiB kept from forward to backward")
+    axes[1].set_ylabel(TIMES[data["mode"]])
+    axes[2].set_ylabel("ms, against the plain LM's")
+    for axis in axes[:2]:
+        axis.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda y, _: f"{y:g}"))
     for axis in axes:
         axis.set_xticks(lengths, [f"{n // 1024}k" if n >= 1024 else str(n) for n in lengths])
         axis.minorticks_off()
-        axis.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
-        axis.yaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda y, _: f"{y:g}"))
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
     axes[1].legend(frameon=False, fontsize="small")

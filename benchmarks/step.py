@@ -5,9 +5,8 @@ A plain LM, a tower with this fix, a tower with the release's own fix, and a tow
 parallelism off, which is how people get by without a fix.
 
 Example:
-    SHARE_GPU=1 python benchmarks/step.py --rounds 3  # two ranks, though there is one GPU
+    python benchmarks/step.py
     torchrun --nproc-per-node 2 benchmarks/step.py
-    python benchmarks/step.py --local-kernels
 """
 
 import argparse
@@ -65,11 +64,10 @@ def measure(options: argparse.Namespace) -> list[tuple]:
             variants = {name: steps(model, data) for name, model in models_of.items() if model}
             figures = common.compare(variants, options)
             losses = {name: of.pop("loss") for name, of in figures.items()}
-            if not options.local_kernels:  # where there is anything in what a rank receives
-                for name, of in figures.items():
-                    # A float32 in a Python float: equal if and only if all bits are.
-                    of["loss"], of["loss_is_plain"] = losses[name], losses[name] == losses[PLAIN]
-                assert figures["tower, this fix"]["loss_is_plain"]
+            for name, of in figures.items():
+                # A float32 in a Python float: equal if and only if all bits are.
+                of["loss"], of["loss_is_plain"] = losses[name], losses[name] == losses[PLAIN]
+            assert figures["tower, this fix"]["loss_is_plain"]
             rows += [(length, name, of) for name, of in figures.items()]
     return rows
 
