@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 WARM_UP = 3
-# Before each timed run the device idles this many cycles (about 5 ms), while the host queues the
-# whole run: else short runs would time Python. What the host needs is in `host_ms`.
+# Before each timed run the device idles this many cycles (about 5 ms), so that the host is ahead of
+# it: else short runs would time Python. What the host needs is in `host_ms`.
 SLEEP = 10_000_000
 
 
@@ -100,11 +100,8 @@ def run(name: str, measure: Callable[..., list[tuple]], options: argparse.Namesp
                 _on_rank, measure, options, tp=options.ranks, timeout=options.timeout
             )
     facts, figures = zip(*results)
-    devices = len({fact.pop("device") for fact in facts})
-    mode = "cpu" if options.cpu else "gpus" if devices == options.ranks else "shared-gpu"
-    machine = facts[0] | {"ranks": options.ranks, "ranks_share_a_gpu": mode == "shared-gpu"}
-    if not options.cpu:
-        machine["gpus"] = devices
+    mode = "cpu" if options.cpu else "gpus"
+    machine = facts[0] | {"ranks": options.ranks}
     unsaid = ("out", "timeout", "cpu", "ranks")
     setting = {key: value for key, value in vars(options).items() if key not in unsaid}
     setting |= {"batch": 1, "dtype": "bfloat16"}
@@ -144,22 +141,23 @@ def _on_rank(measure: Callable[..., list[tuple]], options: argparse.Namespace) -
         "torch": torch.__version__,
         "megatron-core": megatron_sp_fix.status().version,
         "backend": torch.distributed.get_backend(),
-        "device": "cpu",
     }
     if not options.cpu:
-        if facts["backend"] == "gloo":
-            raise RuntimeError("fewer GPUs than ranks: set SHARE_GPU=1, or try it out with --cpu")
-        index = torch.cuda.current_device()
-        gpu = torch.cuda.get_device_properties(index)
+        gpus = torch.cuda.device_count()
+        if gpus < options.ranks:
+            raise RuntimeError(f"{gpus} GPUs for {options.ranks} ranks: see --ranks and --cpu")
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         with contextlib.suppress(OSError, subprocess.SubprocessError):
             facts["driver"] = subprocess.check_output(query, text=True).split()[0]
         facts |= {
-            "gpu": gpu.name,
+            "gpu": torch.cuda.get_device_name(),
             "cuda": torch.version.cuda,
             "nccl": ".".join(map(str, torch.cuda.nccl.version())),
-            "device": str(getattr(gpu, "uuid", index)),
-            "nccl_settings": {k: v for k, v in os.environ.items() if k.startswith("NCCL_")},
+            "nccl_settings": {
+                name: value
+                for name, value in os.environ.items()
+                if name.startswith("NCCL_") and name not in ("NCCL_VERSION", "NCCL_DEBUG")
+            },
         }
     torch.manual_seed(1)  # weights made on a CPU are cut from the same ones on every rank
     return facts, measure(options)

@@ -2,13 +2,13 @@
 """A model's input step: from token ids to what the decoder takes, in bf16, one sequence.
 
 The real forward runs, with a decoder that passes on what it is given: a plain LM, a tower with this
-fix, a tower with the release's own fix. Then the collectives alone, in place of the forward the
-reduce-scatter, which the first two cannot beat, or the all-reduce; of the backward the all-gather.
+fix, a tower with the release's own fix. Then collectives alone: a reduce-scatter, which no variant
+can beat, or an all-reduce as the forward, and an all-gather as the backward.
 
 Example:
     python benchmarks/embedding.py
     torchrun --nproc-per-node 2 benchmarks/embedding.py
-    NCCL_P2P_DISABLE=1 python benchmarks/embedding.py --out benchmarks/results/embedding-no-p2p.json
+    NCCL_P2P_DISABLE=1 python benchmarks/embedding.py --rounds 30 --out no-p2p.json
 """
 
 import argparse
@@ -62,6 +62,8 @@ def measure(options: argparse.Namespace) -> list[tuple]:
 
 def at(length: int, plain: Any, tower: Any, native: Any, options: argparse.Namespace) -> dict:
     """The variants at one length."""
+    from megatron.core.parallel_state import get_tensor_model_parallel_group
+
     data = common.tokens(length, options.vocabulary)
     del data["labels"]
     like = {"dtype": torch.bfloat16, "device": torch.cuda.current_device()}
@@ -73,8 +75,6 @@ def at(length: int, plain: Any, tower: Any, native: Any, options: argparse.Names
 
     models = {"plain LM": plain, "tower, this fix": tower, "tower, native fix": native}
     variants = {name: embeds(model) for name, model in models.items() if model}
-    from megatron.core.parallel_state import get_tensor_model_parallel_group
-
     group = get_tensor_model_parallel_group()
     summed, gathered = torch.empty_like(shard), torch.empty_like(full)
 

@@ -20,14 +20,16 @@ STYLES = {
     "tower, this fix": {"color": "#08519c", "marker": "o", "markersize": 4},
     "tower, native fix": {"color": "#d95f02", "marker": "s", "markersize": 5},
     "tower, SP off": {"color": "#7a7a7a", "marker": "^", "markersize": 5},
-    "all-reduce alone": {"color": "#d95f02", "linestyle": ":"},
-    "reduce-scatter alone": {"color": "black", "linestyle": ":"},
-}
-# Only the first are those of a training job.
-TIMES = {
-    "gpus": "ms forward and backward",
-    "shared-gpu": "ms forward and backward, over sockets",
-    "cpu": "ms on CPUs",
+    "all-reduce alone": {
+        "color": "#d95f02",
+        "linestyle": ":",
+        "label": "all-reduce, all-gather alone",
+    },
+    "reduce-scatter alone": {
+        "color": "black",
+        "linestyle": ":",
+        "label": "reduce-scatter, all-gather alone",
+    },
 }
 
 
@@ -35,7 +37,7 @@ def draw(source: Path, out: Path) -> None:
     """Draw bytes kept, milliseconds and their ratio against the sequence length, worst rank."""
     data = json.loads(source.read_text())
     lengths = sorted({row["length"] for row in data["results"]})
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.7), layout="constrained")
     for axis in axes:
         axis.set(xscale="log", xlabel="sequence length, tokens")
     for axis in axes[:2]:
@@ -45,13 +47,13 @@ def draw(source: Path, out: Path) -> None:
         rows = [row for row in data["results"] if row["variant"] == name]
         kept = [max(rank["kept_bytes"] or 0 for rank in row["ranks"]) / 2**20 for row in rows]
         if rows and all(kept):
-            axes[0].plot(lengths, kept, label=name, **style)
+            axes[0].plot(lengths, kept, **{"label": name, **style})
         if rows:
             times = [
                 max((rank["step_ms"] for rank in row["ranks"]), key=lambda time: time["median"])
                 for row in rows
             ]
-            axes[1].plot(lengths, [time["median"] for time in times], label=name, **style)
+            axes[1].plot(lengths, [time["median"] for time in times], **{"label": name, **style})
             low, high = ([time[quartile] for time in times] for quartile in ("q1", "q3"))
             axes[1].fill_between(lengths, low, high, color=style["color"], alpha=0.3)
             reference = reference or times
@@ -59,7 +61,7 @@ def draw(source: Path, out: Path) -> None:
                 ratios = [time["median"] / plain["median"] for time, plain in zip(times, reference)]
                 axes[2].plot(lengths, ratios, **style)
     axes[0].set_ylabel("MiB kept from forward to backward")
-    axes[1].set_ylabel(TIMES[data["mode"]])
+    axes[1].set_ylabel("ms forward and backward" + " on CPUs" * (data["mode"] == "cpu"))
     axes[2].set_ylabel("ms, against the plain LM's")
     for axis in axes[:2]:
         axis.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
@@ -69,7 +71,8 @@ def draw(source: Path, out: Path) -> None:
         axis.minorticks_off()
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[1].legend(frameon=False, fontsize="small")
+    handles, labels = axes[1].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
     figure.savefig(out, dpi=100, pil_kwargs={"optimize": True})
     plt.close(figure)
 
