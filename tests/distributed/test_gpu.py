@@ -11,6 +11,7 @@ import pytest
 import torch
 from common import check_same, check_shard, check_tower, fix, keep_input_step, tp_rank
 
+from megatron.core.transformer import cuda_graphs
 from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionLayer
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_sp_fix import models, status
@@ -71,11 +72,15 @@ def random_state_for_graphs():
     """Dropout's, which the default one of megatron-core forbids to capture."""
     from megatron.core.tensor_parallel import random
 
-    for graphs in (True, False):
+    def use(graphs):
         random.initialize_rng_tracker(use_cudagraphable_rng=graphs, force_reset=True)
         random.model_parallel_cuda_manual_seed(1234)
-        if graphs:
-            yield
+
+    use(True)
+    try:
+        yield
+    finally:
+        use(False)
 
 
 def graphed():
@@ -108,35 +113,39 @@ def test_captured_in_a_cuda_graph(run):
     run(graphed, tp=2)
 
 
+def step_in_graphs(scatter, graphs, weights, data):
+    """Record a step, replay it with other tokens; without graphs, just run both."""
+    model = models.build("gpt", scatter, config={"cuda_graph_impl": graphs})
+    model.load_state_dict(weights)
+    for parameter in model.parameters():
+        parameter.main_grad = torch.zeros_like(parameter)  # where graphs add, from 0.19 on
+    torch.cuda.synchronize()  # megatron-core changes the stream while it builds layers
+    models.step(model, data[0])
+    cuda_graphs.create_cudagraphs()
+    for layer in model.decoder.layers if graphs == "local" else ():
+        (runner,) = layer.cudagraph_manager.cudagraph_runners
+        assert runner.fwd_graph is not None and runner.bwd_graph is not None
+    result = models.step(model, data[1])
+    for name, parameter in model.named_parameters():
+        grad = result.setdefault(f"grad {name}", torch.zeros_like(parameter))
+        grad += parameter.main_grad
+    return result
+
+
 def layers_in_graphs():
-    """megatron-core's own graphs of every layer, forward and backward, beside a plain LM's layers.
-
-    The first step records, the second replays with other tokens.
-    """
-    from megatron.core.transformer import cuda_graphs
-
+    """megatron-core's own graphs of every layer, forward and backward, beside a plain LM's."""
     data = [models.batch(LENGTH, seed=seed) for seed in range(2)]
-    results, weights = [], None
+    weights = models.build("gpt", True).state_dict()
+    results = []
     for scatter, graphs in ((True, "none"), (True, "local"), (False, "local")):
+        torch.cuda.synchronize()
         # Off the default stream, which a graph cannot depend on.
         with random_state_for_graphs(), torch.cuda.stream(torch.cuda.Stream()), fix():
-            model = models.build("gpt", scatter, config={"cuda_graph_impl": graphs})
-            weights = weights or model.state_dict()
-            model.load_state_dict(weights)
-            for parameter in model.parameters():
-                parameter.main_grad = torch.zeros_like(parameter)  # where graphs add, from 0.19 on
-            torch.cuda.synchronize()  # it was built on another stream than it runs on
-            models.step(model, data[0])
-            cuda_graphs.create_cudagraphs()
-            results.append(models.step(model, data[1]))
-            for name, parameter in model.named_parameters():
-                grad = results[-1].setdefault(f"grad {name}", torch.zeros_like(parameter))
-                grad += parameter.main_grad
-            for layer in model.decoder.layers if graphs == "local" else ():
-                (runner,) = layer.cudagraph_manager.cudagraph_runners
-                assert runner.fwd_graph is not None and runner.bwd_graph is not None
-            torch.cuda.synchronize()
-            cuda_graphs.delete_cuda_graphs()
+            try:
+                results.append(step_in_graphs(scatter, graphs, weights, data))
+            finally:
+                torch.cuda.synchronize()
+                cuda_graphs.delete_cuda_graphs()  # collects them: NCCL ends no group before
     without, expected, actual = results
     check_same(expected, actual)
     # Not the gradients: with graphs 0.16.1 computes others, in plain LMs too.
