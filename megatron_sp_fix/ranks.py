@@ -41,7 +41,6 @@ class Ranks:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         self.size = size
         self._folder = tempfile.TemporaryDirectory(prefix="megatron-sp-fix-")
-        self._layout: Any = None
         self._setups = 0
         self._context = context
         self._start()
@@ -51,6 +50,7 @@ class Ranks:
         self._processes = []
         for rank in range(self.size):
             ours, theirs = self._context.Pipe()
+            open(self._stack(rank), "w").close()  # to read, however soon the process dies
             process = self._context.Process(
                 target=_serve, args=(rank, theirs, self._stack(rank)), daemon=True
             )
@@ -58,6 +58,7 @@ class Ranks:
             theirs.close()
             self._pipes.append(ours)
             self._processes.append(process)
+        self._layout: Any = None  # their groups are yet to be set up, through a new store
 
     def run(
         self,
@@ -80,17 +81,20 @@ class Ranks:
             list: the results, by rank.
 
         Raises:
-            RankError: the function raised on some rank, or took too long; the message says where.
+            RankError: the function raised on some rank, or took too long, or a process that takes
+                no part did not leave its groups; the message says where.
         """
+        self._restart(late=False)
         ranks = ranks or self.size
         if self._layout != (ranks, layout):
             self._layout = (ranks, layout)
             self._setups += 1
         store = os.path.join(self._folder.name, f"store{self._setups}")
         call = pickle.dumps((ranks, store, layout, function, args))
-        # All of them: NCCL ends a group only when every rank that was in it does.
-        for pipe in self._pipes:
-            pipe.send_bytes(call)
+        # The others leave the groups they are in: NCCL ends one only when all of its ranks leave.
+        leave = pickle.dumps((0, store, {}, None, ()))
+        for rank, pipe in enumerate(self._pipes):
+            pipe.send_bytes(call if rank < ranks else leave)
         results, errors = [], []
         deadline = time.monotonic() + timeout
         for rank, pipe in enumerate(self._pipes):
@@ -107,14 +111,18 @@ class Ranks:
                 error = "the process died"
             results.append(result)
             if error:
-                errors.append(f"rank {rank} of {ranks}: {error}")
-        if time.monotonic() > deadline or not all(p.is_alive() for p in self._processes):
-            self._stop()
-            self._start()
+                who = f"rank {rank} of {ranks}" if rank < ranks else f"process {rank}, leaving"
+                errors.append(f"{who}: {error}")
+        self._restart(late=time.monotonic() > deadline)
         if errors:
             self._layout = None  # a collective may have been left half done
             raise RankError("\n".join(errors))
         return results[:ranks]
+
+    def _restart(self, late: bool) -> None:
+        if late or not all(process.is_alive() for process in self._processes):
+            self._stop()
+            self._start()
 
     def _stack(self, rank: int) -> str:
         return os.path.join(self._folder.name, f"stack{rank}")

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import psutil
 import pytest
 import torch
 
@@ -39,9 +40,14 @@ def stuck():
         torch.distributed.barrier()
 
 
-def test_a_rank_that_does_not_answer():
+def test_a_rank_that_does_not_answer_and_one_that_died():
     with Ranks(2) as ranks:
         before = ranks.run(os.getpid, tp=2)  # they have imported what they need
         with pytest.raises(RankError, match=r"(?s)^rank 0 of 2: no answer after 5 s.* in stuck\n"):
             ranks.run(stuck, tp=2, timeout=5)
-        assert not {*before} & {*ranks.run(os.getpid, tp=2)}, "not started anew"
+        after = ranks.run(os.getpid, tp=2)
+        assert not {*before} & {*after}, "not started anew"
+        process = psutil.Process(after[1])
+        process.kill()
+        process.wait(10)
+        assert ranks.run(os.getpid, ranks=1, tp=1) and ranks.run(os.getpid, tp=2)
