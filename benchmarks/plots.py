@@ -42,24 +42,24 @@ def draw(source: Path, out: Path) -> None:
         axis.set(xscale="log", xlabel="sequence length, tokens")
     for axis in axes[:2]:
         axis.set(yscale="log")
-    reference = None
+    reference = None  # the plain LM, which is first
     for name, style in STYLES.items():
         rows = [row for row in data["results"] if row["variant"] == name]
         kept = [max(rank["kept_bytes"] or 0 for rank in row["ranks"]) / 2**20 for row in rows]
-        if rows and all(kept):
-            axes[0].plot(lengths, kept, **{"label": name, **style})
-        if rows:
-            times = [
-                max((rank["step_ms"] for rank in row["ranks"]), key=lambda time: time["median"])
-                for row in rows
-            ]
-            axes[1].plot(lengths, [time["median"] for time in times], **{"label": name, **style})
-            low, high = ([time[quartile] for time in times] for quartile in ("q1", "q3"))
-            axes[1].fill_between(lengths, low, high, color=style["color"], alpha=0.3)
-            reference = reference or times
-            if all(kept):
-                ratios = [time["median"] / plain["median"] for time, plain in zip(times, reference)]
-                axes[2].plot(lengths, ratios, **style)
+        if not rows:
+            continue
+        times = [
+            max((rank["step_ms"] for rank in row["ranks"]), key=lambda time: time["median"])
+            for row in rows
+        ]
+        reference = reference or times
+        axes[1].plot(lengths, [time["median"] for time in times], **{"label": name, **style})
+        low, high = ([time[quartile] for time in times] for quartile in ("q1", "q3"))
+        axes[1].fill_between(lengths, low, high, color=style["color"], alpha=0.3)
+        if all(kept):  # of a model, not of collectives alone
+            axes[0].plot(lengths, kept, **style)
+            ratios = [time["median"] / plain["median"] for time, plain in zip(times, reference)]
+            axes[2].plot(lengths, ratios, **style)
     axes[0].set_ylabel("MiB kept from forward to backward")
     axes[1].set_ylabel("ms forward and backward" + " on CPUs" * (data["mode"] == "cpu"))
     axes[2].set_ylabel("ms, against the plain LM's")

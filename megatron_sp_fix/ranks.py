@@ -84,7 +84,8 @@ class Ranks:
             RankError: the function raised on some rank, or took too long, or a process that takes
                 no part did not leave its groups; the message says where.
         """
-        self._restart(late=False)
+        if not all(process.is_alive() for process in self._processes):
+            self._restart()  # one died since its last answer
         ranks = ranks or self.size
         if self._layout != (ranks, layout):
             self._layout = (ranks, layout)
@@ -95,7 +96,7 @@ class Ranks:
         leave = pickle.dumps((0, store, {}, None, ()))
         for rank, pipe in enumerate(self._pipes):
             pipe.send_bytes(call if rank < ranks else leave)
-        results, errors = [], []
+        results, errors, lost = [], [], False
         deadline = time.monotonic() + timeout
         for rank, pipe in enumerate(self._pipes):
             error, result = None, None
@@ -103,26 +104,27 @@ class Ranks:
                 if pipe.poll(max(0, deadline - time.monotonic())):
                     error, result = pickle.loads(pipe.recv_bytes())
                 else:
+                    lost = True
                     os.kill(self._processes[rank].pid, signal.SIGUSR1)
                     time.sleep(0.5)  # it writes its stacks
                     with open(self._stack(rank), encoding="utf-8") as stacks:
                         error = f"no answer after {timeout} s\n{stacks.read()}"
             except EOFError:
-                error = "the process died"
+                error, lost = "the process died", True
             results.append(result)
             if error:
                 who = f"rank {rank} of {ranks}" if rank < ranks else f"process {rank}, leaving"
                 errors.append(f"{who}: {error}")
-        self._restart(late=time.monotonic() > deadline)
+        if lost:
+            self._restart()
         if errors:
             self._layout = None  # a collective may have been left half done
             raise RankError("\n".join(errors))
         return results[:ranks]
 
-    def _restart(self, late: bool) -> None:
-        if late or not all(process.is_alive() for process in self._processes):
-            self._stop()
-            self._start()
+    def _restart(self) -> None:
+        self._stop()
+        self._start()
 
     def _stack(self, rank: int) -> str:
         return os.path.join(self._folder.name, f"stack{rank}")

@@ -33,6 +33,13 @@ def _quiet():
     logging.getLogger("megatron").setLevel(logging.ERROR)
 
 
+@pytest.fixture
+def torchrun():
+    """Python's arguments to start two ranks, over loopback, on a port that is free."""
+    ranks = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d")
+    return (*ranks, "--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1")
+
+
 @dataclasses.dataclass
 class Environment:
     """A virtual environment of its own, in which what this one has can be imported."""

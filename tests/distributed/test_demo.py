@@ -12,18 +12,15 @@ import torch
 from megatron_sp_fix.ranks import RankError, Ranks
 
 OURS = ["-m", "megatron_sp_fix", "demo"]
-# On a port of its own: torchrun's usual one may be taken.
-TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-TORCHRUN += ["--local-addr", "127.0.0.1"]
 
 
 @pytest.mark.skipif(torch.cuda.device_count() == 1, reason="one GPU does not make two ranks")
-@pytest.mark.parametrize("launcher", [[], TORCHRUN], ids=["alone", "torchrun"])
-def test_demo(request, launcher):
+@pytest.mark.parametrize("launcher", ["alone", "torchrun"])
+def test_demo(request, torchrun, launcher):
     if request.config.getoption("--unpatched"):
         pytest.fail("the demonstration applies the fix by itself")
     done = subprocess.run(
-        [sys.executable, *launcher, *OURS],
+        [sys.executable, *(torchrun if launcher == "torchrun" else ()), *OURS],
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},

@@ -8,8 +8,6 @@ from pathlib import Path
 import pytest
 
 JOB = Path(__file__).with_name("job.py")
-TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d")
-TORCHRUN += ("--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1")
 
 
 def launch(environment, *command):
@@ -37,30 +35,23 @@ def check_passes(done, text):
         assert f"rank {rank}: loss of 16 tokens" in text
 
 
-WAYS = {
-    "torchrun": (*TORCHRUN, str(JOB), "torchrun"),
-    "spawn": (str(JOB), "spawn"),
-    "fork": (str(JOB), "fork"),
-    "ray": (str(JOB), "ray"),
-}
-
-
-@pytest.mark.parametrize("way", WAYS)
-def test_enabled_for_every_process(environment, way):
+@pytest.mark.parametrize("way", ["torchrun", "spawn", "fork", "ray"])
+def test_enabled_for_every_process(environment, torchrun, way):
     if way == "ray" and importlib.util.find_spec("ray") is None:
         pytest.skip("needs the extra `ray`")
-    check_fails(*launch(environment, *WAYS[way]))
+    job = (*(torchrun if way == "torchrun" else ()), str(JOB), way)
+    check_fails(*launch(environment, *job))
     done, text = launch(environment, "-m", "megatron_sp_fix", "enable")
     assert done.returncode == 0, text
-    check_passes(*launch(environment, *WAYS[way]))
+    check_passes(*launch(environment, *job))
     environment.variables["MEGATRON_SP_FIX"] = "0"
     if way == "spawn":
-        check_fails(*launch(environment, *WAYS[way]))
+        check_fails(*launch(environment, *job))
 
 
-def test_run_under_torchrun(environment):
+def test_run_under_torchrun(environment, torchrun):
     check_passes(
-        *launch(environment, *TORCHRUN, "-m", "megatron_sp_fix", "run", str(JOB), "torchrun")
+        *launch(environment, *torchrun, "-m", "megatron_sp_fix", "run", str(JOB), "torchrun")
     )
 
 
