@@ -9,7 +9,6 @@ plugin of pytest, this file lets those tests run on CPU ranks, over gloo, where 
 """
 
 import argparse
-import contextlib
 import os
 import re
 import shutil
@@ -47,9 +46,21 @@ class Mutation(NamedTuple):
 
 MUTATIONS = (
     Mutation("padding: no offset of the rank", _MODULE, r"offset = self\.tp_group.*", "offset = 0"),
-    Mutation("GPT does not scatter", _GPT, _CALL.format(r"self\.embedding"), _PLAIN.format("self.embedding")),
-    Mutation("hybrid does not scatter", _HYBRID, _CALL.format(r"self\.embedding"), _PLAIN.format("self.embedding")),
-    Mutation("MTP training does not scatter", _MTP, _CALL.format("embedding"), _PLAIN.format("embedding")),
+    Mutation(
+        "GPT does not scatter",
+        _GPT,
+        _CALL.format(r"self\.embedding"),
+        _PLAIN.format("self.embedding"),
+    ),
+    Mutation(
+        "hybrid does not scatter",
+        _HYBRID,
+        _CALL.format(r"self\.embedding"),
+        _PLAIN.format("self.embedding"),
+    ),
+    Mutation(
+        "MTP training does not scatter", _MTP, _CALL.format("embedding"), _PLAIN.format("embedding")
+    ),
     Mutation(
         "MTP's speculative step does not scatter",
         _MTP,
@@ -62,7 +73,9 @@ MUTATIONS = (
         r"if hidden_states\.shape\[0\] == next_token_ids\.shape\[1\]:",
         "if False:",
     ),
-    Mutation("scattered twice", _EMBEDDING, r"if embeddings\.shape\[0\] \* tp_size == .*", "if False:"),
+    Mutation(
+        "scattered twice", _EMBEDDING, r"if embeddings\.shape\[0\] \* tp_size == .*", "if False:"
+    ),
     Mutation(
         "scattered twice, after the reduce-scatter",
         _EMBEDDING,
@@ -82,7 +95,9 @@ MUTATIONS = (
         r"if config\.clone_scatter_output_in_embedding else embeddings",
         "",
     ),
-    Mutation("all-reduce and split", _EMBEDDING, r"if _runs_own_forward\(embedding, Lang\w+\)", _NEVER),
+    Mutation(
+        "all-reduce and split", _EMBEDDING, r"if _runs_own_forward\(embedding, Lang\w+\)", _NEVER
+    ),
     Mutation(
         "replaced forwards get the argument",
         _EMBEDDING,
@@ -107,6 +122,7 @@ def pytest_configure() -> None:
     if torch.cuda.is_available():
         return
     from megatron.core import tensor_parallel
+    from megatron.core.transformer import multi_token_prediction, torch_norm
 
     torch.set_num_threads(1)
     here = torch.device("cpu")
@@ -118,11 +134,11 @@ def pytest_configure() -> None:
     torch.distributed.init_process_group = lambda backend, **more: start("gloo", **more)
     # The only tracker that does not ask a GPU for its state.
     tensor_parallel.random.initialize_rng_tracker(inference_rng_tracker=True)
-    with contextlib.suppress(ImportError, AttributeError):
-        # It asks for Transformer Engine's class, which is None here.
-        from megatron.core.transformer import multi_token_prediction
-
-        multi_token_prediction.is_inference_column_parallel_linear = lambda _: False
+    # What is here in place of Transformer Engine refuses sequence parallelism, or is None.
+    torch_norm.WrappedTorchNorm.__new__ = lambda cls, config, hidden_size, eps=1e-5, **_: (
+        torch.nn.LayerNorm(hidden_size, eps)
+    )
+    multi_token_prediction.is_inference_column_parallel_linear = lambda _: False
 
 
 def _failures(tree: Path) -> tuple[int, int, str]:
@@ -133,7 +149,17 @@ def _failures(tree: Path) -> tuple[int, int, str]:
         output.
     """
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--tee", "3"]
-    command += ["-m", "pytest", "--noconftest", "-p", "mutations", "-p", "no:cacheprovider"]
+    command += [
+        "-m",
+        "pytest",
+        "--noconftest",
+        "-p",
+        "mutations",
+        "-p",
+        "no:cacheprovider",
+        "-W",
+        "ignore",
+    ]
     command += ["-o", "addopts=", "-q", "--tb=line", "-k", _ADDED, _EMBEDDING_TESTS]
     command += [_MTP_TESTS] if _ADDED_TO_MTP in (tree / _MTP_TESTS).read_text() else []
     path = os.pathsep.join([str(tree), str(Path(__file__).parent)])

@@ -36,5 +36,7 @@ class _ReturnsItsInput(torch.nn.Module):
 
 
 class _DynamicBatch:
+    num_speculative_tokens = 0
+
     def is_dynamic_batching(self):
         return True
