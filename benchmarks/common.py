@@ -84,7 +84,7 @@ def run(name: str, measure: Callable[..., list[tuple]], options: argparse.Namesp
         options: as :func:`parse` returns.
     """
     if "RANK" in os.environ:  # torchrun
-        from megatron_sp_fix.ranks import setup, teardown
+        from megatron_sp_fix.demo.ranks import setup, teardown
 
         setup(int(os.environ["RANK"]), options.ranks, "env://", tp=options.ranks)
         results = [None] * options.ranks
@@ -93,7 +93,7 @@ def run(name: str, measure: Callable[..., list[tuple]], options: argparse.Namesp
         if int(os.environ["RANK"]):
             return
     else:
-        from megatron_sp_fix.ranks import Ranks
+        from megatron_sp_fix.demo.ranks import Ranks
 
         with Ranks(options.ranks) as ranks:
             results = ranks.run(

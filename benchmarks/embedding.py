@@ -28,7 +28,7 @@ class Pass(torch.nn.Module):
 
 def measure(options: argparse.Namespace) -> list[tuple]:
     """Measure all variants at all lengths: (length, variant, figures)."""
-    from megatron_sp_fix import models
+    from megatron_sp_fix.demo import models
 
     plain, tower = (
         models.build(
@@ -36,9 +36,8 @@ def measure(options: argparse.Namespace) -> list[tuple]:
             scatter,
             position="none",
             layers=1,
-            post_process=False,
             config=common.config(options, num_attention_heads=options.ranks, ffn_hidden_size=64),
-            model={"vocab_size": options.vocabulary},
+            model={"vocab_size": options.vocabulary, "post_process": False},
         )
         for scatter in (True, False)
     )

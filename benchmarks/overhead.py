@@ -12,7 +12,7 @@ import sys
 import timeit
 from pathlib import Path
 
-from megatron_sp_fix.ranks import Ranks
+from megatron_sp_fix.demo.ranks import Ranks
 
 ROUNDS, CALLS = 21, 20_000
 
@@ -21,7 +21,7 @@ def measure() -> dict[str, float]:
     """Time the patched method against the bare one, interleaved; medians of the differences."""
     import megatron_sp_fix
     from megatron.core.models.gpt import GPTModel
-    from megatron_sp_fix import models
+    from megatron_sp_fix.demo import models
 
     plain, tower = models.pair("gpt")
     data = models.batch()

@@ -20,7 +20,7 @@ PLAIN = "plain LM"
 
 def measure(options: argparse.Namespace) -> list[tuple]:
     """Measure all variants at all lengths: (length, variant, figures)."""
-    from megatron_sp_fix import models
+    from megatron_sp_fix.demo import models
 
     def build(scatter: bool, **config: Any) -> Any:
         return models.build(

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 import megatron_sp_fix
-from megatron_sp_fix.ranks import RankError, Ranks, setup, teardown
+from megatron_sp_fix.demo.ranks import RankError, Ranks, setup, teardown
 
 TP, LENGTH, PROMPT, STEPS = 2, 16, 4, 10
 
@@ -97,7 +97,7 @@ def distil(scatter: bool, fix: bool) -> list[float]:
     warnings.simplefilter("ignore")
     logging.getLogger("megatron").setLevel(logging.ERROR)
     from megatron.core import parallel_state
-    from megatron_sp_fix import models
+    from megatron_sp_fix.demo import models
 
     if fix:
         megatron_sp_fix.apply()

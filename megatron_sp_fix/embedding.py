@@ -1,265 +1,179 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Embed tokens for a decoder that runs under sequence parallelism (SP).
+"""Let a language tower that embeds its own tokens be a plain LM for that one call.
 
 A multimodal model builds its language model ("tower") with
-``scatter_embedding_sequence_parallel=False``: it calls ``tower.embedding`` itself, merges image or
-audio features into the full-length result, shards that and passes it on as ``decoder_input``. When
-the tower embeds its own tokens instead, nobody shards. These functions do, at the place where a
-model embeds tokens for its decoder. Called by anyone else, the embedding still returns full length.
+``scatter_embedding_sequence_parallel=False``, since the outer model merges image or audio
+embeddings in and shards for sequence parallelism (SP) itself. When the tower embeds its own tokens,
+nobody shards. Here the method that embeds runs as it is, with a :class:`Sharding` as its embedding.
 """
 
+import inspect
 from collections.abc import Callable
-from functools import partial
+from types import FunctionType
 from typing import Any, Optional
 
-import torch
 from torch import Tensor
 
 from megatron.core import parallel_state
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.tensor_parallel.layers import VocabParallelEmbedding
-from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel.mappings import scatter_to_sequence_parallel_region
 
-__all__ = ["embed_for_decoder", "needs_shard", "shard_padding_mask", "sharding_embedding"]
+__all__ = ["Sharding", "needs_shard", "sharding", "sharding_rows", "tp_group"]
 
-
-def needs_shard(owner: Any, embedding: Any) -> bool:
-    """Whether SP is on and the embedding does not declare that it shards by itself.
-
-    Args:
-        owner: the model or MTP layer that embeds; its ``config`` is read.
-        embedding: a ``LanguageModelEmbedding``, or any callable that stands in for one.
-
-    Returns:
-        bool: False for TP size 1, while SP is off, and for an embedding that was built to scatter.
-    """
-    return (
-        owner.config.sequence_parallel
-        # One that declares nothing (a bare function) is called, and its output's length decides.
-        and not getattr(embedding, "scatter_to_sequence_parallel", False)
-        and _tp_group(owner, embedding).size() > 1
-    )
+# Release 0.12 takes no group and uses the global one.
+_TAKES_GROUP = "group" in inspect.signature(scatter_to_sequence_parallel_region).parameters
 
 
-def embed_for_decoder(
-    model: Any, input_ids: Tensor, position_ids: Optional[Tensor], inference_context: Any = None
-) -> Tensor:
-    """Embed ``input_ids`` into what ``model.decoder`` takes: under SP a shard, else all of it.
-
-    Follows ``GPTModel._preprocess`` and ``HybridModel.forward``. The logits, loss and gradients are
-    those of a model built with ``scatter_embedding_sequence_parallel=True``.
-
-    Args:
-        model: a ``GPTModel``, ``HybridModel`` or ``MambaModel`` that embeds on this stage.
-        input_ids: token ids, int64 ``[b, s]``, the same on every rank of the TP group.
-        position_ids: int64 ``[b, s]``; passed to the embedding unread.
-        inference_context: a ``BaseInferenceContext``. Under dynamic batching with fp8 or fp4 the
-            padding rows are zeroed, wherever in the sequence this rank's rows are, so that they do
-            not enter a quantization scale.
-
-    Returns:
-        Tensor: ``[s / tp, b, h]`` that owns its storage, in the embedding's dtype; ``[s, b, h]``
-        when there is nothing to shard.
-
-    Raises:
-        ValueError: the TP size does not divide ``s`` (raised before any collective), or the
-            embedding returned neither ``s`` nor ``s / tp`` rows, as one does that a hook shards
-            once more.
-    """
-    embedding = model.embedding
-    if not needs_shard(model, embedding):
-        full: Tensor = embedding(input_ids=input_ids, position_ids=position_ids)
-        return full
-    group = _tp_group(model, embedding)
-    shard = _embed(embedding, group, input_ids=input_ids, position_ids=position_ids)
-    if (
-        inference_context is not None
-        and inference_context.is_dynamic_batching()
-        and (getattr(model.config, "fp8", None) or getattr(model.config, "fp4", None))
-    ):
-        # Padding is what follows in the whole sequence, of which this shard begins at `offset`.
-        # (The context's `padding_slice` says the same, from 0.16 on.)
-        offset = group.rank() * shard.shape[0]
-        shard[max(inference_context.active_token_count - offset, 0) :] = 0.0
-    return shard
-
-
-def sharding_embedding(owner: Any, embedding: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Return ``embedding``, or a callable in its place that returns shards.
-
-    For code that is handed an embedding to call: ``MultiTokenPredictionLayer._get_embeddings`` and
-    ``forward_single_position``.
-
-    Args:
-        owner: the MTP layer or block; its ``config`` and TP group are read.
-        embedding: called with keywords ``input_ids`` and ``position_ids``, int64 ``[b, s]``.
-
-    Returns:
-        Callable: returns ``[s / tp, b, h]`` and raises as :func:`embed_for_decoder` does, if the
-        embedding needs it; otherwise ``embedding`` itself.
-    """
-    if not needs_shard(owner, embedding):
-        return embedding
-    return partial(_embed, embedding, _tp_group(owner, embedding))
-
-
-def shard_padding_mask(model: Any, padding_mask: Tensor, input_ids: Tensor) -> Tensor:
-    """Take this rank's part of a padding mask, along the sequence, over the model's TP group.
-
-    Args:
-        model: the model that embeds; under SP with a TP size above 1.
-        padding_mask: bool ``[b, s]``, True at padding.
-        input_ids: token ids ``[b, s]``.
-
-    Returns:
-        Tensor: bool ``[b, s / tp]``, contiguous. A mask that has this shape already is returned
-        as it came.
-
-    Raises:
-        ValueError: the mask has another shape.
-    """
-    group = _tp_group(model, model.embedding)
-    batch, length = input_ids.shape
-    if padding_mask.shape == (batch, length // group.size()):
-        return padding_mask
-    if padding_mask.shape != input_ids.shape:
-        raise ValueError(
-            f"padding_mask has shape {tuple(padding_mask.shape)}, which does not match "
-            f"input_ids of shape {tuple(input_ids.shape)} at tensor parallel size {group.size()}"
-        )
-    mine: Tensor = padding_mask.chunk(group.size(), dim=1)[group.rank()]
-    return mine.contiguous()
-
-
-def _tp_group(owner: Any, embedding: Any) -> Any:
-    """The group that splits the embedding's vocabulary: its own, its owner's or the global one."""
-    for holder, name in (
-        (embedding, "tp_group"),
-        (getattr(owner, "pg_collection", None), "tp"),
-        (owner, "tp_group"),
-    ):
-        group = getattr(holder, name, None)
-        if group is not None:
+def tp_group(owner: Any, embedding: Any) -> Any:
+    """The group that splits the vocabulary: the embedding's own, its owner's or the global one."""
+    collection = getattr(owner, "pg_collection", None)
+    for holder, name in ((embedding, "tp_group"), (collection, "tp"), (owner, "tp_group")):
+        if (group := getattr(holder, name, None)) is not None:
             return group
     return parallel_state.get_tensor_model_parallel_group()
 
 
-def _embed(
-    embedding: Callable[..., Tensor],
-    group: Any,
-    *,
-    input_ids: Tensor,
-    position_ids: Optional[Tensor],
-) -> Tensor:
-    """Call the embedding and return this rank's shard, whoever does the sharding."""
-    length, size = input_ids.shape[1], group.size()
-    if length % size != 0:
-        raise ValueError(
-            f"sequence length {length} is not divisible by the tensor parallel size {size}, which "
-            f"sequence parallelism needs: pad the sequence to {-(-length // size) * size} tokens, "
-            "or set sequence_parallel=False"
-        )
-    if _is_stock(embedding, LanguageModelEmbedding):
-        output = _embed_scattered(embedding, input_ids, position_ids)
-    else:
-        output = embedding(input_ids=input_ids, position_ids=position_ids)
-    if output.shape[0] == length:
-        taken: Tensor = _TakeShard.apply(output, group)  # type: ignore[no-untyped-call]
-        return taken
-    if output.shape[0] != length // size:
-        raise ValueError(
-            f"the embedding returned shape {tuple(output.shape)} for input_ids of shape "
-            f"{tuple(input_ids.shape)}: its first dimension must be the sequence length {length}, "
-            f"or {length // size} if it shards for tensor parallel size {size} by itself; a hook "
-            "must not shard, since it is given what the decoder gets"
-        )
-    if output.untyped_storage().nbytes() != output.numel() * output.element_size():
-        output = output.clone()  # a view of somebody's full-length tensor
-    return output
-
-
-def _is_stock(module: Any, cls: type[torch.nn.Module]) -> bool:
-    """Whether calling the module runs the forward of ``cls``.
-
-    Decided by code alone, never by hooks: TP ranks must agree on the collective, and one of them
-    may log through a hook. The type is read, not ``isinstance``: a proxy may answer for another's.
-    """
+def needs_shard(owner: Any, embedding: Any) -> bool:
+    """Whether SP is on, TP above 1, and the embedding (None: not on this stage) does not shard."""
     return (
-        getattr(type(module), "forward", None) is cls.forward
-        and type(module).__call__ is cls.__call__
-        and "forward" not in module.__dict__
-        and getattr(module, "_compiled_call_impl", None) is None
+        owner.config.sequence_parallel
+        and embedding is not None
+        and not getattr(embedding, "scatter_to_sequence_parallel", False)
+        and tp_group(owner, embedding).size() > 1
     )
 
 
-def _embed_scattered(
-    embedding: LanguageModelEmbedding, input_ids: Tensor, position_ids: Optional[Tensor]
-) -> Tensor:
-    """Run a stock embedding as one does that was built to scatter."""
-    words = embedding.word_embeddings
-    reduce_scatter = (
-        not embedding.add_position_embedding
-        and embedding.num_tokentypes <= 0
-        and _is_stock(words, VocabParallelEmbedding)
-    )
-    if reduce_scatter:
-        words = _twin(words, reduce_scatter_embeddings=True)
-    scattering = _twin(
-        embedding,
-        # With both flags True it would also clone the shard, which the reduce-scatter's output, no
-        # view of anything, does not need.
-        scatter_to_sequence_parallel=not reduce_scatter,
-        reduce_scatter_embeddings=reduce_scatter,
-        _modules={**embedding._modules, "word_embeddings": words},
-    )
-    output: Tensor = scattering(input_ids=input_ids, position_ids=position_ids)
-    return output
+def sharding(model: Any, call: Callable[[], Any], context: Any, required: bool) -> Any:
+    """Run a model's method while ``model.embedding``, which needs it, is a :class:`Sharding`.
 
+    Args:
+        model: a ``GPTModel``, ``HybridModel`` or ``MambaModel``, or of a subclass.
+        call: runs the original method, whose result is returned.
+        context: a ``BaseInferenceContext`` or None. Under dynamic batching with fp8 or fp4 padding
+            rows are zeroed on every rank, to stay out of a quantization scale.
+        required: False where megatron-core's own code would scatter without us.
 
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-
-
-def _twin(module: torch.nn.Module, **changes: Any) -> Any:
-    """Copy a module with some attributes changed; it shares the parameters.
-
-    The module itself keeps its attributes, since another thread may be calling it. Its hooks run,
-    and are given the module, not the twin, which torch's global hooks are given.
+    Raises:
+        TypeError: `required`, and ``embedding`` is a property, which nothing can stand in for.
     """
-    kept = (*changes, *_HOOKS)
-    for name in _HOOKS:
-        hooks = module.__dict__[name]
-        if hooks:
-            # By the same keys, which torch also looks up in the dicts of the hooks' options.
-            bound = ((key, partial(_call_hook, hook, module, kept)) for key, hook in hooks.items())
-            changes[name] = type(hooks)(bound)
-    twin = object.__new__(type(module))
-    twin.__dict__.update(module.__dict__, **changes)
-    return twin
+    mine = Sharding(model.embedding, tp_group(model, model.embedding))
+    quantized = getattr(model.config, "fp8", None) or getattr(model.config, "fp4", None)
+    if quantized and context is not None and context.is_dynamic_batching():
+        object.__setattr__(mine, "_active", context.active_token_count)
+    # Python finds what stands in the instance's `__dict__` before a registered submodule.
+    before = model.__dict__.get("embedding", mine)
+    model.__dict__["embedding"] = mine
+    try:
+        if required and model.embedding is not mine:
+            name = f"{type(model).__name__}.embedding"
+            raise TypeError(f"{name} is a property: make it a submodule, to be sharded under SP")
+        return call()
+    finally:
+        if model.__dict__.get("embedding") is mine:  # else somebody assigned another, which stays
+            model.__dict__["embedding"] = before
+            if before is mine:
+                del model.__dict__["embedding"]
 
 
-def _call_hook(
-    hook: Callable[..., Any], module: torch.nn.Module, kept: tuple[str, ...], twin: Any, *rest: Any
-) -> Any:
-    result = hook(module, *rest)
-    # A hook may assign to the module, as those of `torch.nn.utils.prune` do: the weight to use.
-    now = module.__dict__.copy()
-    for name in kept:
-        now.pop(name, None)
-    twin.__dict__.update(now)
-    return result
+def sharding_rows(owner: Any, embedding: Any, hidden_states: Tensor) -> Any:
+    """The embedding that gives an MTP layer as many rows as it has hidden states ``[s, b, h]``."""
+    if type(embedding) is Sharding:  # of the model, or of the method that called this one
+        embedding = embedding._embedding
+    if not needs_shard(owner, embedding):
+        return embedding
+    return Sharding(embedding, tp_group(owner, embedding), hidden_states.shape[0])
 
 
-class _TakeShard(torch.autograd.Function):
-    """This rank's rows of a full-length tensor, copied: a slice would keep all of it alive."""
+class Sharding:
+    """Stands in for an embedding in every way, but returns `rows` rows, or ``s / tp`` if None."""
 
-    @staticmethod
-    def forward(ctx: Any, full: Tensor, group: Any) -> Tensor:
-        """Copy ``[s / tp, b, h]`` out of ``[s, b, h]``."""
-        ctx.group = group
-        shard: Tensor = full.chunk(group.size())[group.rank()]
-        return shard.clone()
+    scatter_to_sequence_parallel = True  # code that shards what an embedding returns asks this
+    _own = "_embedding", "_group", "_rows", "_active"  # all else is the embedding's
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        """Gather every rank's ``[s / tp, b, h]``: each computed its own rows alone."""
-        return gather_from_sequence_parallel_region(grad, group=ctx.group), None
+    def __init__(self, embedding: Any, group: Any, rows: Optional[int] = None) -> None:
+        for name, value in zip(self._own, (embedding, group, rows, None)):
+            object.__setattr__(self, name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(object.__getattribute__(self, "_embedding"), name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._embedding, name, value)
+
+    @property
+    def __class__(self) -> Any:  # what isinstance() asks
+        return type(self._embedding)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Embed ids int64 ``[b, s]`` as a shard ``[s / tp, b, h]`` that owns its storage.
+
+        Raises:
+            ValueError: TP does not divide the length, or a stock embedding returned no shard.
+        """
+        embedding, size = self._embedding, self._group.size()
+        length = kwargs.get("input_ids", args[0] if args else None).shape[1]
+        rows = self._rows or length // size
+        if rows == length:
+            return embedding(*args, **kwargs)
+        stock = _runs(LanguageModelEmbedding, embedding)
+        if stock:
+            _check_divides(length, size)
+        flags = _scatter_flags(embedding) if stock else []
+        before = [getattr(module, name) for module, name in flags]
+        try:
+            for module, name in flags:
+                setattr(module, name, True)
+            output = embedding(*args, **kwargs)
+        finally:
+            for (module, name), value in zip(flags, before):
+                setattr(module, name, value)
+        if stock and output.shape[0] not in (rows, length):
+            raise ValueError(
+                f"the embedding returned {output.shape[0]} rows of {length} tokens, not {rows}, at "
+                f"tensor parallel size {size}: let nothing inside of its call shard or add rows"
+            )
+        declares = hasattr(embedding, "scatter_to_sequence_parallel")
+        if output.shape[0] == length or (output.shape[0] != rows and declares):
+            _check_divides(output.shape[0], size)
+            where = {"group": self._group} if _TAKES_GROUP else {}
+            output = scatter_to_sequence_parallel_region(output, **where)
+        if output.untyped_storage().size() > output.numel() * output.element_size():
+            output = output.clone()  # a view would keep the full-length tensor alive
+        if self._active is not None:
+            # megatron-core counts padding rows from the start of the whole sequence.
+            output[max(self._active - self._group.rank() * output.shape[0], 0) :] = 0.0
+        return output
+
+    forward = __call__
+
+
+def _runs(cls: type, module: Any) -> bool:
+    """Whether calling the module runs megatron-core's own forward of a class.
+
+    Classes alone tell: an instance may have a timer on one rank, and ranks must agree on the
+    collective. (A decorator copies a function's ``__module__``, but not its ``__globals__``.)
+    """
+    forward: Any = getattr(type(module), "forward", None) if issubclass(type(module), cls) else None
+    ours = False
+    while type(forward) is FunctionType:
+        ours = forward.__globals__["__name__"].startswith("megatron.core.")
+        forward = forward.__dict__.get("__wrapped__") if ours else None
+    return ours
+
+
+def _check_divides(length: int, size: int) -> None:
+    if length % size:
+        raise ValueError(
+            f"sequence length {length} is not divisible by the tensor parallel size {size}: pad it "
+            f"to {-(-length // size) * size} tokens, or set sequence_parallel=False"
+        )
+
+
+def _scatter_flags(embedding: Any) -> list[tuple[Any, str]]:
+    """The flags that ``LanguageModelEmbedding.__init__`` sets, but the one that only clones."""
+    words = embedding.word_embeddings
+    plain = not embedding.add_position_embedding and embedding.num_tokentypes <= 0
+    if plain and _runs(VocabParallelEmbedding, words):
+        return [(words, "reduce_scatter_embeddings"), (embedding, "reduce_scatter_embeddings")]
+    return [(embedding, "scatter_to_sequence_parallel")]

@@ -4,22 +4,12 @@
 import contextlib
 import os
 
+import models
 import torch
 
 import megatron_sp_fix
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
-from megatron_sp_fix import models
-
-if os.environ.get("BF16"):
-    _build = models.build  # `models.pair` calls it by its name, too
-
-    def _build_bf16(kind, scatter, *, config=None, **options):
-        fields = dict.fromkeys(("params_dtype", "pipeline_dtype"), torch.bfloat16)
-        fields |= {"bf16": True, **(config or {})}
-        return _build(kind, scatter, config=fields, **options).bfloat16()
-
-    models.build = _build_bf16
 
 
 def fix():

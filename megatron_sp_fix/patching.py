@@ -1,0 +1,292 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Replace the methods that embed tokens in the megatron-core of this process, and put them back."""
+
+import importlib
+import sys
+import threading
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial, update_wrapper
+from types import FunctionType, ModuleType
+from typing import Any, NamedTuple, Optional, Union
+
+from .sites import Found, Site, UnsupportedMegatronError, installed_root, supported, version
+
+__all__ = ["SiteStatus", "Status", "applied", "apply", "apply_to", "remove", "status"]
+
+_Key = tuple[type, str]  # a class and the name of its method
+_lock = threading.RLock()
+_patches: dict[_Key, "_Patch"] = {}
+_removed = False  # whether modules that are imported from now on stay as they are
+
+
+class _Patch:
+    """A replaced method: the very object that stood in the class, and what stands there now.
+
+    Once removed it is not active: a later patch by somebody else may still call the replacement,
+    which then only passes the call on.
+    """
+
+    def __init__(self, original: Any, found: Found) -> None:
+        self.original, self.found, self.active = original, found, True
+
+        def replacement(owner: Any, *args: Any, **kwargs: Any) -> Any:
+            return (self._sharded if self.active else self._call)(owner, args, kwargs)
+
+        self.replacement = update_wrapper(replacement, original)
+
+    def _sharded(self, owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call the original with an embedding that returns shards, where it needs one."""
+        # Not before, since the hook runs while megatron-core is half loaded.
+        from .embedding import needs_shard, sharding, sharding_rows
+
+        if self.found.site.embeds == "self.embedding":
+            given = self._argument("decoder_input", args, kwargs) is not None
+            if given or not needs_shard(owner, getattr(owner, "embedding", None)):
+                return self._call(owner, args, kwargs)
+            context = self._argument("inference_context", args, kwargs)
+            if context is None:
+                context = kwargs.get("inference_params")  # its old name, by keyword alone
+            call = partial(self._call, owner, args, kwargs)
+            return sharding(owner, call, context, self.found.native != "own scatter")
+        embedding = self._argument("embedding", args, kwargs)
+        hidden_states = self._argument("hidden_states", args, kwargs)
+        if embedding is not None and hidden_states is not None:
+            embedding = sharding_rows(owner, embedding, hidden_states)
+            at = self.found.parameters.index("embedding")
+            if at < len(args):
+                args = (*args[:at], embedding, *args[at + 1 :])
+            else:
+                kwargs["embedding"] = embedding
+        return self._call(owner, args, kwargs)
+
+    def _argument(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        names = self.found.parameters
+        at = names.index(name) if name in names else len(args)
+        return args[at] if at < len(args) else kwargs.get(name)
+
+    def _call(self, owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call the original as Python would if it still stood in the class."""
+        if type(self.original) is FunctionType:
+            return self.original(owner, *args, **kwargs)
+        bind = getattr(type(self.original), "__get__", None)
+        method = bind(self.original, owner, type(owner)) if bind else self.original
+        return method(*args, **kwargs)
+
+
+class SiteStatus(NamedTuple):
+    """What one call site does in this process.
+
+    Attributes:
+        name: ``Class.method``.
+        native: what the installed code does by itself: ``"no shard"`` (the bug), ``"own scatter"``
+            (megatron-core's) or ``"this fix"`` (patched by ``diff``).
+        state: ``"patched"`` if a call of the method reaches this package, ``"this fix"``,
+            ``"not patched"``, ``"not imported"``, or ``"cannot tell"`` if the method was replaced
+            by something that hides what it calls.
+        by: the module of whoever replaced the method last; empty if nobody did.
+    """
+
+    name: str
+    native: str
+    state: str
+    by: str
+
+
+class Status(NamedTuple):
+    """The installed megatron-core: its version, the folder that holds it and its call sites."""
+
+    version: str
+    root: str
+    sites: tuple[SiteStatus, ...]
+
+
+def apply(*, also: Iterable[Union[type, str]] = ()) -> tuple[str, ...]:
+    """Make every standalone forward of a language tower run on shards under sequence parallelism.
+
+    Replaces ``GPTModel._preprocess``, its siblings in ``MambaModel``, ``HybridModel`` and MTP and,
+    if it is loaded, those of ModelOpt's EAGLE-3. Works before or after models are built, and does
+    nothing to a method that is patched in its source. Every rank must call it.
+
+    Args:
+        also: classes with a ``_preprocess`` or ``forward`` of their own that embeds, or strings
+            ``"module:Class"`` and ``"module:Class.method"``. A method with a parameter
+            ``decoder_input`` is acted on when that is None, one without it always.
+
+    Returns:
+        tuple[str, ...]: the methods replaced by this call, as ``module.Class.method``.
+
+    Raises:
+        UnsupportedMegatronError: megatron-core is missing, too old or not recognized, or what
+            `also` names is not there. Nothing has been replaced then.
+    """
+    return tuple(map(_name, _apply(also)))
+
+
+def _apply(also: Iterable[Union[type, str]]) -> list[_Key]:
+    global _removed
+    found, remark = supported(installed_root())
+    if remark:
+        warnings.warn(remark, stacklevel=3)
+    targets = []
+    for row in found:
+        try:
+            module = importlib.import_module(row.site.module)
+        except ImportError:  # as 0.12's MambaModel without Transformer Engine: nobody can use it
+            continue
+        targets.append((_class(module, row.site.cls), row))
+    targets += [_also(name) for name in (*also, *_eagle())]
+    _removed = False
+    return _replace(targets)
+
+
+def apply_to(module: str, also: Iterable[str] = ()) -> tuple[str, ...]:
+    """Do what :func:`apply` does for one module, which has just been loaded; import no other."""
+    if _removed:
+        return ()
+    found = [row for row in supported(installed_root())[0] if row.site.module == module]
+    targets = [(_class(sys.modules[module], row.site.cls), row) for row in found]
+    targets += [_also(name) for name in (*also, *_eagle()) if name.split(":")[0] == module]
+    return tuple(map(_name, _replace(targets)))
+
+
+def remove() -> tuple[str, ...]:
+    """Put back the very methods that were replaced, and return their names.
+
+    A method that somebody else has patched since stays as they left it, with this fix switched off
+    underneath; a warning names it.
+    """
+    global _removed
+    _removed = True
+    return _restore(list(_patches))
+
+
+@contextmanager
+def applied(*, also: Iterable[Union[type, str]] = ()) -> Iterator[None]:
+    """Apply for the length of a ``with`` block, which then puts back what it has replaced."""
+    keys = _apply(also)
+    try:
+        yield
+    finally:
+        _restore(keys)
+
+
+def status() -> Status:
+    """Describe the installed megatron-core and its call sites, without importing any of it.
+
+    Raises:
+        UnsupportedMegatronError: megatron-core is missing, too old or not recognized.
+    """
+    root = installed_root()
+    rows = []
+    for site, native, _ in supported(root)[0]:
+        cls = getattr(sys.modules.get(site.module), site.cls, None)
+        current = vars(cls).get(site.method) if isinstance(cls, type) else None
+        state, by = "not imported", ""
+        if native == "this fix":
+            state = native
+        elif isinstance(cls, type):
+            state = _state(current, _patches.get((cls, site.method)))
+            home = getattr(current, "__globals__", {}).get("__name__", type(current).__module__)
+            by = {site.module: "", __name__: "megatron_sp_fix"}.get(home, home)
+        rows.append(SiteStatus(site.name, native, state, by))
+    return Status(".".join(map(str, version(root))), str(root), tuple(rows))
+
+
+def _state(current: Any, patch: Optional[_Patch]) -> str:
+    """Whether calling what stands in a class reaches the replacement, as far as can be seen."""
+    if patch is None or current is patch.original:
+        return "not patched"
+    seen: list[Any] = []
+    left = [current]
+    while left:
+        one = left.pop()
+        if one is patch.replacement:
+            return "patched"
+        if not any(one is other for other in seen):
+            seen.append(one)
+            left += [
+                getattr(c, "cell_contents", None) for c in getattr(one, "__closure__", 0) or ()
+            ]
+            left += [getattr(one, name, None) for name in ("__wrapped__", "__func__", "func")]
+    return "cannot tell"
+
+
+def _class(module: ModuleType, name: str) -> type:
+    cls = getattr(module, name, None)
+    if not isinstance(cls, type):
+        raise UnsupportedMegatronError(
+            f"{module.__name__} has no class {name}: it is a stub, or is being imported just now "
+            "(apply() has to be called before or after that)"
+        )
+    return cls
+
+
+def _also(name: Union[type, str]) -> tuple[type, Found]:
+    """The class and method that an entry of `also` names."""
+    import inspect
+
+    methods = ["_preprocess", "forward"]
+    if isinstance(name, str):
+        module, _, path = name.partition(":")
+        cls, _, method = path.partition(".")
+        methods = [method] if method else methods
+        try:
+            name = _class(importlib.import_module(module), cls)
+        except ImportError as error:
+            raise UnsupportedMegatronError(f"also: {module} cannot be imported: {error}") from error
+    for method in methods:
+        if method in vars(name):
+            names = tuple(inspect.signature(getattr(name, method)).parameters)[1:]
+            return name, Found(Site("also", name.__module__, name.__qualname__, method), "", names)
+    raise UnsupportedMegatronError(
+        f"also: {name.__qualname__} has no {' or '.join(methods)} of its own: name the class that "
+        "has it, or another method as 'module:Class.method'"
+    )
+
+
+def _eagle() -> list[str]:
+    """Where ModelOpt's EAGLE-3, if it is loaded, embeds for the base model and for the draft."""
+    module = "modelopt.torch.speculative.plugins.megatron_eagle"
+    cls = getattr(sys.modules.get(module), "_DynamicEagleGPTModel", None)
+    names = "_base_model_forward", "_get_eagle_module_inputs", "pseudo_speculative_generate"
+    return [f"{module}:{cls.__name__}.{name}" for name in names if name in vars(cls)] if cls else []
+
+
+def _name(key: _Key) -> str:
+    return f"{key[0].__module__}.{key[0].__qualname__}.{key[1]}"
+
+
+def _replace(targets: list[tuple[type, Found]]) -> list[_Key]:
+    """Replace the methods, all or none: whatever can fail has been done before."""
+    with _lock:
+        replaced = []
+        for owner, found in targets:
+            key = owner, found.site.method
+            current, patch = vars(owner)[key[1]], _patches.get(key)
+            if found.native == "this fix" or _state(current, patch) == "patched":
+                continue
+            if patch:
+                patch.active = False  # lost, or below something that hides it
+            patch = _patches[key] = _Patch(current, found)
+            setattr(*key, patch.replacement)
+            replaced.append(key)
+        return replaced
+
+
+def _restore(keys: list[_Key]) -> tuple[str, ...]:
+    with _lock:
+        restored = []
+        for key in keys:
+            patch = _patches.pop(key, None)
+            if patch is None:
+                continue
+            patch.active = False
+            if vars(key[0]).get(key[1]) is patch.replacement:
+                setattr(*key, patch.original)
+                restored.append(_name(key))
+            else:
+                text = f"{_name(key)} carries a later patch, which stays; the fix below it is off"
+                warnings.warn(text, stacklevel=3)
+        return tuple(restored)
