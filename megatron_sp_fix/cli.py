@@ -215,11 +215,11 @@ def _audit(arguments: argparse.Namespace) -> int:
 
 def _diff(arguments: argparse.Namespace) -> int:
     from .sites import installed_root
-    from .source import diff, mail
+    from .source import diff, mail, signer
 
     root = arguments.root or installed_root()
     try:
-        text = mail(root) if arguments.format == "mail" else diff(root)
+        text = mail(root, signer(root)) if arguments.format == "mail" else diff(root)
     except ValueError as error:
         raise UsageError(str(error)) from error
     if not text:
