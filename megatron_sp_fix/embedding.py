@@ -96,13 +96,13 @@ class Sharding:
         setattr(self._embedding, name, value)
 
     @property
-    def __class__(self) -> Any:  # what isinstance() asks
+    def __class__(self) -> Any:  # type: ignore[misc]  # what isinstance() asks
         return type(self._embedding)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Embed ids int64 ``[b, s]`` as a shard ``[s / tp, b, h]``, or raise a ValueError."""
         embedding, size = self._embedding, self._group.size()
-        ids = kwargs.get("input_ids", args[0] if args else None)
+        ids: Any = kwargs.get("input_ids", args[0] if args else None)
         length = ids.shape[1] if getattr(ids, "ndim", 0) == 2 else 0  # else the flag decides
         rows = self._rows or length // size
         if rows == length > 0:
