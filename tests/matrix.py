@@ -131,12 +131,12 @@ def probe() -> dict:
     import matrix
 
     from megatron_sp_fix import status
-    from megatron_sp_fix.demo import models, table
+    from megatron_sp_fix.demo import table
     from megatron_sp_fix.demo.ranks import Ranks
 
     alone, same = {}, {}
     with Ranks(2, tp=2) as ranks:
-        for kind in models.KINDS:
+        for kind in table.KINDS:
             rows = ranks.run(table.measure, kind, 16)[0]
             if not rows[1:]:
                 alone[kind] = "needs TE"
@@ -146,7 +146,7 @@ def probe() -> dict:
                 alone[kind] = f"right, keeps {rows[1]['bytes kept'] // rows[0]['bytes kept']} x"
             same[kind] = ranks.run(matrix.bits, kind)
     single = [site.native for site in status().sites if site.name.endswith("single_position")]
-    alone["single"] = {"none": "broken"}.get(single[0], single[0]) if single else "n/a"
+    alone["single"] = {"no shard": "broken"}.get(single[0], single[0]) if single else "n/a"
     return {"alone": alone, "bits": same}
 
 
