@@ -2,7 +2,7 @@
 """The language towers that other packages build, each against the plain LM of its own class.
 
 The classes, their embeddings and forwards are megatron-bridge's and nvidia-modelopt's own; the
-layers are those of megatron_sp_fix.models, which need no Transformer Engine. See docs/towers.md.
+layers are those of the demonstration, which need no Transformer Engine. See docs/towers.md.
 """
 
 import dataclasses
@@ -14,6 +14,7 @@ import types
 from unittest import mock
 
 import common
+import models
 import pytest
 import torch
 from common import check_same, check_shard, fix
@@ -27,7 +28,7 @@ from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
-from megatron_sp_fix import audit, models
+from megatron_sp_fix.towers import audit
 
 LENGTH = 16
 
