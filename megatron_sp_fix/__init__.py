@@ -3,9 +3,18 @@
 
 from .patching import SiteStatus, Status, applied, apply, remove, status
 from .sites import UnsupportedMegatronError
+from .towers import NotCoveredError, Tower, audit
 
 __all__ = [
-    *("SiteStatus", "Status", "UnsupportedMegatronError"),
-    *("applied", "apply", "remove", "status"),
+    "NotCoveredError",
+    "SiteStatus",
+    "Status",
+    "Tower",
+    "UnsupportedMegatronError",
+    "applied",
+    "apply",
+    "audit",
+    "remove",
+    "status",
 ]
 __version__ = "0.1.0"

@@ -19,13 +19,13 @@ from megatron.core.models.common.embeddings.language_model_embedding import Lang
 from megatron.core.tensor_parallel.layers import VocabParallelEmbedding
 from megatron.core.tensor_parallel.mappings import scatter_to_sequence_parallel_region
 
-__all__ = ["Sharding", "needs_shard", "sharding", "sharding_rows"]
+__all__ = ["Sharding", "needs_shard", "sharding", "sharding_rows", "tp_group"]
 
 # Release 0.12 takes no group and uses the global one.
 _TAKES_GROUP = "group" in inspect.signature(scatter_to_sequence_parallel_region).parameters
 
 
-def _tp_group(owner: Any, embedding: Any) -> Any:
+def tp_group(owner: Any, embedding: Any) -> Any:
     """The group that splits the vocabulary: the embedding's own, its owner's or the global one."""
     collection = getattr(owner, "pg_collection", None)
     for holder, name in ((embedding, "tp_group"), (collection, "tp"), (owner, "tp_group")):
@@ -40,7 +40,7 @@ def needs_shard(owner: Any, embedding: Any) -> bool:
         owner.config.sequence_parallel
         and embedding is not None
         and not getattr(embedding, "scatter_to_sequence_parallel", False)
-        and _tp_group(owner, embedding).size() > 1
+        and tp_group(owner, embedding).size() > 1
     )
 
 
@@ -57,7 +57,7 @@ def sharding(model: Any, call: Callable[[], Any], context: Any, required: bool) 
     Raises:
         TypeError: `required`, and ``embedding`` is a property, which nothing can stand in for.
     """
-    mine = Sharding(model.embedding, _tp_group(model, model.embedding))
+    mine = Sharding(model.embedding, tp_group(model, model.embedding))
     quantized = getattr(model.config, "fp8", None) or getattr(model.config, "fp4", None)
     if quantized and context is not None and context.is_dynamic_batching():
         mine.__dict__["_active"] = context.active_token_count
@@ -82,7 +82,7 @@ def sharding_rows(owner: Any, embedding: Any, hidden_states: Tensor) -> Any:
         embedding = embedding.__dict__["_embedding"]
     if not needs_shard(owner, embedding):
         return embedding
-    return Sharding(embedding, _tp_group(owner, embedding), hidden_states.shape[0])
+    return Sharding(embedding, tp_group(owner, embedding), hidden_states.shape[0])
 
 
 class Sharding:
