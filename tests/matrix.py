@@ -131,22 +131,22 @@ def probe() -> dict:
     import matrix
 
     from megatron_sp_fix import status
-    from megatron_sp_fix.demo import models, table
+    from megatron_sp_fix.demo import table
     from megatron_sp_fix.demo.ranks import Ranks
 
     alone, same = {}, {}
-    with Ranks(2) as ranks:
-        for kind in models.KINDS:
-            rows = ranks.run(table.measure, kind, 16, tp=2)[0]
+    with Ranks(2, tp=2) as ranks:
+        for kind in table.KINDS:
+            rows = ranks.run(table.measure, kind, 16)[0]
             if not rows[1:]:
                 alone[kind] = "needs TE"
             elif not all(rows[1]["same"].values()):
                 alone[kind] = "broken"
             else:
                 alone[kind] = f"right, keeps {rows[1]['bytes kept'] // rows[0]['bytes kept']} x"
-            same[kind] = ranks.run(matrix.bits, kind, tp=2)
+            same[kind] = ranks.run(matrix.bits, kind)
     single = [site.native for site in status().sites if site.name.endswith("single_position")]
-    alone["single"] = {"none": "broken"}.get(single[0], single[0]) if single else "n/a"
+    alone["single"] = {"no shard": "broken"}.get(single[0], single[0]) if single else "n/a"
     return {"alone": alone, "bits": same}
 
 
