@@ -97,22 +97,19 @@ def _status(arguments: argparse.Namespace) -> int:
     """Show what each call site of megatron-core does in a process like this one."""
     root = arguments.root or sites.installed_root()
     found, remark = sites.supported(root)
+    hooked = not arguments.root and hook.in_force()
     rows = [
         SiteStatus(site.name, native, native if native == "this fix" else "not imported", "")
         for site, native, _ in found
     ]
-    hooked = not arguments.root and hook.installed()
     rows = rows if arguments.root else list(status().sites)
-    head = {"version": ".".join(map(str, sites.version(root))), "root": str(root)}
-    head |= {"remark": remark, "import hook": "in force" if hooked else "none"}
+    version = ".".join(map(str, sites.version(root)))
     if arguments.json:
+        head = {"version": version, "root": str(root), "remark": remark, "hook": hooked}
         print(json.dumps({**head, "sites": [row._asdict() for row in rows]}, indent=2))
     else:
-        print(
-            "megatron-core {version} at {root}\n{remark}\nimport hook: {import hook}".format(
-                **head
-            ).replace("\n\n", "\n")
-        )
+        print(f"megatron-core {version} at {root}", *filter(None, [remark]), sep="\n")
+        print("import hook:", "patches each module as it is imported" if hooked else "none")
         for row in rows:
             by = f" (by {row.by})" if row.by else ""
             print(f"  {row.name:50} by itself: {row.native:11}  now: {row.state}{by}")

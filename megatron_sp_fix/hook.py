@@ -20,6 +20,7 @@ MODULES = {  # those of `sites.SITES`, and ModelOpt's EAGLE-3
     "megatron.core.transformer.multi_token_prediction",
     "modelopt.torch.speculative.plugins.megatron_eagle",
 }
+MODES = ("", "1", "warn")  # of MEGATRON_SP_FIX; under "0" this module is not loaded
 RANKS = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK")
 
 
@@ -54,7 +55,7 @@ class Finder:
         from megatron_sp_fix import patching
 
         try:
-            if self.mode not in ("", "1", "warn"):
+            if self.mode not in MODES:
                 raise ValueError(f"MEGATRON_SP_FIX={self.mode} is none of 0, 1 and warn")
             if self.error:
                 raise self.error  # once more: somebody may have caught the first
@@ -128,6 +129,6 @@ def install() -> None:
     atexit.register(finder.check_at_exit)
 
 
-def installed() -> bool:
-    """Whether this process has the import hook."""
-    return any(isinstance(finder, Finder) for finder in sys.meta_path)
+def in_force() -> bool:
+    """Whether this process has the import hook, in a mode that there is."""
+    return any(isinstance(finder, Finder) and finder.mode in MODES for finder in sys.meta_path)

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which language models in a built model are towers, and whether their decoders get shards."""
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
@@ -159,6 +158,8 @@ class _Probe:
 
     def mtp(self) -> None:
         """Call the forward of the tower's MTP block, whose layers norm what they embed."""
+        import inspect
+
         block = self.tower.mtp
         given = self.inputs | {"hidden_states": self.hidden_states, "embedding": self.embedding}
         for name, parameter in inspect.signature(block.forward).parameters.items():
