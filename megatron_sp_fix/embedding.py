@@ -60,7 +60,7 @@ def sharding(model: Any, call: Callable[[], Any], context: Any, required: bool) 
     mine = Sharding(model.embedding, tp_group(model, model.embedding))
     quantized = getattr(model.config, "fp8", None) or getattr(model.config, "fp4", None)
     if quantized and context is not None and context.is_dynamic_batching():
-        mine.__dict__["_active"] = context.active_token_count
+        object.__setattr__(mine, "_active", context.active_token_count)
     # Python finds what stands in the instance's `__dict__` before a registered submodule.
     before = model.__dict__.get("embedding", mine)
     model.__dict__["embedding"] = mine
@@ -79,7 +79,7 @@ def sharding(model: Any, call: Callable[[], Any], context: Any, required: bool) 
 def sharding_rows(owner: Any, embedding: Any, hidden_states: Tensor) -> Any:
     """The embedding that gives an MTP layer as many rows as it has hidden states ``[s, b, h]``."""
     if type(embedding) is Sharding:  # of the model, or of the method that called this one
-        embedding = embedding.__dict__["_embedding"]
+        embedding = embedding._embedding
     if not needs_shard(owner, embedding):
         return embedding
     return Sharding(embedding, tp_group(owner, embedding), hidden_states.shape[0])
@@ -89,20 +89,21 @@ class Sharding:
     """Stands in for an embedding in every way, but returns `rows` rows, or ``s / tp`` if None."""
 
     scatter_to_sequence_parallel = True  # code that shards what an embedding returns asks this
+    _own = "_embedding", "_group", "_rows", "_active"  # all else is the embedding's
 
     def __init__(self, embedding: Any, group: Any, rows: Optional[int] = None) -> None:
-        # Into `__dict__`, since attributes are set on the embedding.
-        self.__dict__.update(_embedding=embedding, _group=group, _rows=rows, _active=None)
+        for name, value in zip(self._own, (embedding, group, rows, None)):
+            object.__setattr__(self, name, value)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["_embedding"], name)
+        return getattr(object.__getattribute__(self, "_embedding"), name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        setattr(self.__dict__["_embedding"], name, value)
+        setattr(self._embedding, name, value)
 
     @property
     def __class__(self) -> Any:  # what isinstance() asks
-        return type(self.__dict__["_embedding"])
+        return type(self._embedding)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Embed ids int64 ``[b, s]`` as a shard ``[s / tp, b, h]`` that owns its storage.
