@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which language models in a built model are towers, and whether their decoders get shards."""
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
@@ -183,6 +182,8 @@ def _run_tower(stack: ExitStack, tower: Any, inputs: dict[str, Any], _: Any) -> 
 
 def _run_mtp(stack: ExitStack, tower: Any, inputs: dict[str, Any], hidden_states: Any) -> None:
     """Call the MTP block, each of whose layers begins with a norm of what it has embedded."""
+    import inspect
+
     for layer in tower.mtp.layers:
         stack.enter_context(_instead(layer, "enorm", _arrive))
     inputs |= {"hidden_states": hidden_states, "embedding": tower.embedding}
