@@ -95,8 +95,8 @@ class Sharding:
     def __setattr__(self, name: str, value: Any) -> None:
         setattr(self._embedding, name, value)
 
-    @property
-    def __class__(self) -> Any:  # type: ignore[misc]  # what isinstance() asks
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:  # what isinstance() asks
         return type(self._embedding)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

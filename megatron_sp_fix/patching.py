@@ -207,7 +207,7 @@ def _state(current: Any, patch: Optional[_Patch]) -> str:
         if not any(one is other for other in seen):
             seen.append(one)
             left += [
-                getattr(c, "cell_contents", None) for c in getattr(one, "__closure__", 0) or ()
+                getattr(c, "cell_contents", None) for c in getattr(one, "__closure__", None) or ()
             ]
             left += [getattr(one, name, None) for name in ("__wrapped__", "__func__", "func")]
     return "cannot tell"

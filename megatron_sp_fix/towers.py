@@ -145,7 +145,7 @@ def _arriving(run: Callable[..., None], tower: Any, rows: int, length: int) -> i
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    class NoCollectives(TorchDispatchMode):
+    class NoCollectives(TorchDispatchMode):  # type: ignore[no-untyped-call]
         def __torch_dispatch__(
             self, func: Any, types: Any, args: Any = (), kwargs: Any = None
         ) -> Any:
@@ -161,7 +161,7 @@ def _arriving(run: Callable[..., None], tower: Any, rows: int, length: int) -> i
     inputs = {"input_ids": ids, "position_ids": positions, "attention_mask": None}
     try:
         with ExitStack() as stack:
-            for context in (torch.no_grad(), NoCollectives()):
+            for context in (torch.no_grad(), NoCollectives()):  # type: ignore[no-untyped-call]
                 stack.enter_context(context)
             full = _instead(tower, "embedding", lambda *_, **__: like.new_zeros(length, 1, hidden))
             stack.enter_context(full)
