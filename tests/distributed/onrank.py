@@ -7,6 +7,7 @@ Without the rewriting an assertion that fails on a rank would not show its value
 import ast
 import contextlib
 import importlib
+import logging
 import os
 import sys
 from importlib.machinery import FileFinder, SourceFileLoader
@@ -18,6 +19,7 @@ from _pytest.assertion.rewrite import rewrite_asserts
 
 from megatron_sp_fix.demo import ranks
 
+logging.getLogger("megatron").setLevel(logging.ERROR)
 HERE = os.path.dirname(os.path.abspath(__file__))
 
 
