@@ -5,7 +5,7 @@ import importlib
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial, update_wrapper
 from types import FunctionType, ModuleType
@@ -13,13 +13,12 @@ from typing import Any, NamedTuple, Optional, Union
 
 from .sites import Found, Site, UnsupportedMegatronError, installed_root, supported, version
 
-__all__ = ["SiteStatus", "Status", "applied", "apply", "remove", "status"]
+__all__ = ["SiteStatus", "Status", "applied", "apply", "apply_to", "remove", "status"]
 
+_Key = tuple[type, str]  # a class and the name of its method
 _lock = threading.RLock()
-_patches: dict[tuple[type, str], "_Patch"] = {}
-_undo: list[tuple[type, str]] = []  # what `applied` blocks, open in any thread, replaced
-_blocks = 0
-_removed = False  # nothing that is imported from now on is to be patched
+_patches: dict[_Key, "_Patch"] = {}
+_removed = False  # whether modules that are imported from now on stay as they are
 
 
 class _Patch:
@@ -31,62 +30,49 @@ class _Patch:
 
     def __init__(self, original: Any, found: Found) -> None:
         self.original, self.found, self.active = original, found, True
-        make = self._embeds if found.site.embeds == "self" else self._is_given
-        self.replacement = update_wrapper(make(), original)
 
-    def _call(self, owner: Any, *args: Any, **kwargs: Any) -> Any:
-        """Call the original as Python would if it still stood in the class."""
-        if type(self.original) is FunctionType:
-            return self.original(owner, *args, **kwargs)
-        bind = getattr(type(self.original), "__get__", None)
-        method = bind(self.original, owner, type(owner)) if bind else self.original
-        return method(*args, **kwargs)
+        def replacement(owner: Any, *args: Any, **kwargs: Any) -> Any:
+            return (self._sharded if self.active else self._call)(owner, args, kwargs)
+
+        self.replacement = update_wrapper(replacement, original)
+
+    def _sharded(self, owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call the original with an embedding that returns shards, where it needs one."""
+        # Not before, since the hook runs while megatron-core is half loaded.
+        from .embedding import needs_shard, sharding, sharding_rows
+
+        if self.found.site.embeds == "self.embedding":
+            given = self._argument("decoder_input", args, kwargs) is not None
+            if given or not needs_shard(owner, getattr(owner, "embedding", None)):
+                return self._call(owner, args, kwargs)
+            context = self._argument("inference_context", args, kwargs)
+            if context is None:
+                context = kwargs.get("inference_params")  # its old name, by keyword alone
+            call = partial(self._call, owner, args, kwargs)
+            return sharding(owner, call, context, self.found.native != "own scatter")
+        embedding = self._argument("embedding", args, kwargs)
+        hidden_states = self._argument("hidden_states", args, kwargs)
+        if embedding is not None and hidden_states is not None:
+            embedding = sharding_rows(owner, embedding, hidden_states)
+            at = self.found.parameters.index("embedding")
+            if at < len(args):
+                args = (*args[:at], embedding, *args[at + 1 :])
+            else:
+                kwargs["embedding"] = embedding
+        return self._call(owner, args, kwargs)
 
     def _argument(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         names = self.found.parameters
         at = names.index(name) if name in names else len(args)
         return args[at] if at < len(args) else kwargs.get(name)
 
-    def _embeds(self) -> Callable[..., Any]:
-        """The replacement of a method that calls ``self.embedding``."""
-
-        def replacement(owner: Any, *args: Any, **kwargs: Any) -> Any:
-            if (
-                not self.active
-                or self._argument("decoder_input", args, kwargs) is not None
-                or not _fix().needs_shard(owner, getattr(owner, "embedding", None))
-            ):
-                return self._call(owner, *args, **kwargs)
-            context = self._argument("inference_context", args, kwargs)
-            if context is None:
-                context = kwargs.get("inference_params")  # its old name, by keyword alone
-            call = partial(self._call, owner, *args, **kwargs)
-            return _fix().sharding(owner, call, context, self.found.native != "own scatter")
-
-        return replacement
-
-    def _is_given(self) -> Callable[..., Any]:
-        """The replacement of a method that calls or passes on its argument ``embedding``."""
-
-        def replacement(owner: Any, *args: Any, **kwargs: Any) -> Any:
-            embedding = self._argument("embedding", args, kwargs)
-            hidden_states = self._argument("hidden_states", args, kwargs)
-            if self.active and embedding is not None and hidden_states is not None:
-                embedding = _fix().sharding_rows(owner, embedding, hidden_states)
-                at = self.found.parameters.index("embedding")
-                if at < len(args):
-                    args = (*args[:at], embedding, *args[at + 1 :])
-                else:
-                    kwargs["embedding"] = embedding
-            return self._call(owner, *args, **kwargs)
-
-        return replacement
-
-
-def _fix() -> Any:
-    """The fix itself, imported at the first call: megatron-core may be half loaded before that."""
-    name = f"{__package__}.embedding"
-    return sys.modules.get(name) or importlib.import_module(name)
+    def _call(self, owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call the original as Python would if it still stood in the class."""
+        if type(self.original) is FunctionType:
+            return self.original(owner, *args, **kwargs)
+        bind = getattr(type(self.original), "__get__", None)
+        method = bind(self.original, owner, type(owner)) if bind else self.original
+        return method(*args, **kwargs)
 
 
 class SiteStatus(NamedTuple):
@@ -96,10 +82,10 @@ class SiteStatus(NamedTuple):
         name: ``Class.method``.
         native: what the installed code does by itself: ``"no shard"`` (the bug), ``"own scatter"``
             (megatron-core's) or ``"this fix"`` (patched by ``diff``).
-        state: ``"patched"`` if the class's method is this package's or reaches it, ``"this fix"``
-            if the source is patched, ``"not imported"``, ``"not patched"``, or ``"cannot tell"`` if
-            somebody replaced the method by something that hides what it calls.
-        by: the module of whoever replaced the method; empty if nobody did.
+        state: ``"patched"`` if a call of the method reaches this package, ``"this fix"``,
+            ``"not patched"``, ``"not imported"``, or ``"cannot tell"`` if the method was replaced
+            by something that hides what it calls.
+        by: the module of whoever replaced the method last; empty if nobody did.
     """
 
     name: str
@@ -119,10 +105,9 @@ class Status(NamedTuple):
 def apply(*, also: Iterable[Union[type, str]] = ()) -> tuple[str, ...]:
     """Make every standalone forward of a language tower run on shards under sequence parallelism.
 
-    Replaces ``GPTModel._preprocess`` and its siblings in ``MambaModel``, ``HybridModel``, MTP and,
-    where it is loaded, ModelOpt's EAGLE-3. Works before or after models are built, and touches
-    none. Where megatron-core was patched in its source, nothing is replaced. Every rank must call
-    it.
+    Replaces ``GPTModel._preprocess``, its siblings in ``MambaModel``, ``HybridModel`` and MTP and,
+    if it is loaded, those of ModelOpt's EAGLE-3. Works before or after models are built, and does
+    nothing to a method that is patched in its source. Every rank must call it.
 
     Args:
         also: classes with a ``_preprocess`` or ``forward`` of their own that embeds, or strings
@@ -133,15 +118,13 @@ def apply(*, also: Iterable[Union[type, str]] = ()) -> tuple[str, ...]:
         tuple[str, ...]: the methods replaced by this call, as ``module.Class.method``.
 
     Raises:
-        UnsupportedMegatronError: megatron-core is missing, too old or not recognized, or a class
-            or method of `also` is not there. Nothing has been replaced then.
+        UnsupportedMegatronError: megatron-core is missing, too old or not recognized, or what
+            `also` names is not there. Nothing has been replaced then.
     """
-    keys = _apply(also)
-    _undo.clear()  # it stays, whatever `applied` blocks are open
-    return tuple(map(_name, keys))
+    return tuple(map(_name, _apply(also)))
 
 
-def _apply(also: Iterable[Union[type, str]]) -> list[tuple[type, str]]:
+def _apply(also: Iterable[Union[type, str]]) -> list[_Key]:
     global _removed
     found, remark = supported(installed_root())
     if remark:
@@ -153,26 +136,18 @@ def _apply(also: Iterable[Union[type, str]]) -> list[tuple[type, str]]:
         except ImportError:  # as 0.12's MambaModel without Transformer Engine: nobody can use it
             continue
         targets.append((_class(module, row.site.cls), row))
-    targets += [_named(name) for name in (*also, *_eagle())]
+    targets += [_also(name) for name in (*also, *_eagle())]
     _removed = False
     return _replace(targets)
 
 
 def apply_to(module: str, also: Iterable[str] = ()) -> tuple[str, ...]:
-    """Patch the call sites of a module that has just been loaded, importing no other.
-
-    Raises:
-        UnsupportedMegatronError: as :func:`apply`.
-    """
+    """Do what :func:`apply` does for one module, which has just been loaded; import no other."""
     if _removed:
         return ()
-    found = supported(installed_root())[0]
-    targets = [
-        (_class(sys.modules[module], row.site.cls), row)
-        for row in found
-        if row.site.module == module
-    ]
-    targets += [_named(n) for n in (*also, *_eagle()) if n.split(":")[0] == module]
+    found = [row for row in supported(installed_root())[0] if row.site.module == module]
+    targets = [(_class(sys.modules[module], row.site.cls), row) for row in found]
+    targets += [_also(name) for name in (*also, *_eagle()) if name.split(":")[0] == module]
     return tuple(map(_name, _replace(targets)))
 
 
@@ -189,20 +164,12 @@ def remove() -> tuple[str, ...]:
 
 @contextmanager
 def applied(*, also: Iterable[Union[type, str]] = ()) -> Iterator[None]:
-    """Apply for the length of a ``with`` block; what was patched before stays patched after."""
-    global _blocks
+    """Apply for the length of a ``with`` block, which then puts back what it has replaced."""
     keys = _apply(also)
-    with _lock:
-        _undo.extend(keys)
-        _blocks += 1
     try:
         yield
     finally:
-        with _lock:
-            _blocks -= 1
-            if _blocks == 0:
-                _restore(_undo)
-                _undo.clear()
+        _restore(keys)
 
 
 def status() -> Status:
@@ -214,14 +181,15 @@ def status() -> Status:
     root = installed_root()
     rows = []
     for site, native, _ in supported(root)[0]:
-        owner = getattr(sys.modules.get(site.module), site.cls, None)
-        current = owner.__dict__.get(site.method) if owner else None
+        cls = getattr(sys.modules.get(site.module), site.cls, None)
+        current = vars(cls).get(site.method) if isinstance(cls, type) else None
         state, by = "not imported", ""
         if native == "this fix":
             state = native
-        elif owner and current is not None:
-            patch = _patches.get((owner, site.method))
-            state, by = _state(current, patch), _author(current, site.module)
+        elif isinstance(cls, type):
+            state = _state(current, _patches.get((cls, site.method)))
+            home = getattr(current, "__globals__", {}).get("__name__", type(current).__module__)
+            by = {site.module: "", __name__: "megatron_sp_fix"}.get(home, home)
         rows.append(SiteStatus(site.name, native, state, by))
     return Status(".".join(map(str, version(root))), str(root), tuple(rows))
 
@@ -238,33 +206,28 @@ def _state(current: Any, patch: Optional[_Patch]) -> str:
             return "patched"
         if not any(one is other for other in seen):
             seen.append(one)
-            cells = getattr(one, "__closure__", None) or ()
-            left += [getattr(cell, "cell_contents", None) for cell in cells]
+            left += [
+                getattr(c, "cell_contents", None) for c in getattr(one, "__closure__", None) or ()
+            ]
             left += [getattr(one, name, None) for name in ("__wrapped__", "__func__", "func")]
     return "cannot tell"
-
-
-def _author(current: Any, home: str) -> str:
-    names = getattr(current, "__globals__", None) or {"__name__": type(current).__module__}
-    author = str(names["__name__"])
-    return "" if author == home else author.replace(__name__, __package__ or "")
 
 
 def _class(module: ModuleType, name: str) -> type:
     cls = getattr(module, name, None)
     if not isinstance(cls, type):
         raise UnsupportedMegatronError(
-            f"{module.__name__} has no class {name}: it is a stub, or is being imported right now "
-            "(call apply() before or after that)"
+            f"{module.__name__} has no class {name}: it is a stub, or is being imported just now "
+            "(apply() has to be called before or after that)"
         )
     return cls
 
 
-def _named(name: Union[type, str]) -> tuple[type, Found]:
+def _also(name: Union[type, str]) -> tuple[type, Found]:
     """The class and method that an entry of `also` names."""
     import inspect
 
-    methods: Iterable[str] = ("_preprocess", "forward")
+    methods = ["_preprocess", "forward"]
     if isinstance(name, str):
         module, _, path = name.partition(":")
         cls, _, method = path.partition(".")
@@ -272,14 +235,14 @@ def _named(name: Union[type, str]) -> tuple[type, Found]:
         try:
             name = _class(importlib.import_module(module), cls)
         except ImportError as error:
-            raise UnsupportedMegatronError(f"apply(also=...): {module}: {error}") from error
+            raise UnsupportedMegatronError(f"also: {module} cannot be imported: {error}") from error
     for method in methods:
-        if method in name.__dict__:
+        if method in vars(name):
             names = tuple(inspect.signature(getattr(name, method)).parameters)[1:]
             return name, Found(Site("also", name.__module__, name.__qualname__, method), "", names)
     raise UnsupportedMegatronError(
-        f"apply(also=...): {name.__qualname__} has no {' or '.join(methods)} of its own; name the "
-        "class that defines it, or the method, as 'module:Class.method'"
+        f"also: {name.__qualname__} has no {' or '.join(methods)} of its own: name the class that "
+        "has it, or another method as 'module:Class.method'"
     )
 
 
@@ -291,17 +254,17 @@ def _eagle() -> list[str]:
     return [f"{module}:{cls.__name__}.{name}" for name in names if name in vars(cls)] if cls else []
 
 
-def _name(key: tuple[type, str]) -> str:
+def _name(key: _Key) -> str:
     return f"{key[0].__module__}.{key[0].__qualname__}.{key[1]}"
 
 
-def _replace(targets: list[tuple[type, Found]]) -> list[tuple[type, str]]:
+def _replace(targets: list[tuple[type, Found]]) -> list[_Key]:
     """Replace the methods, all or none: whatever can fail has been done before."""
     with _lock:
         replaced = []
         for owner, found in targets:
             key = owner, found.site.method
-            current, patch = owner.__dict__[key[1]], _patches.get(key)
+            current, patch = vars(owner)[key[1]], _patches.get(key)
             if found.native == "this fix" or _state(current, patch) == "patched":
                 continue
             if patch:
@@ -312,7 +275,7 @@ def _replace(targets: list[tuple[type, Found]]) -> list[tuple[type, str]]:
         return replaced
 
 
-def _restore(keys: list[tuple[type, str]]) -> tuple[str, ...]:
+def _restore(keys: list[_Key]) -> tuple[str, ...]:
     with _lock:
         restored = []
         for key in keys:
@@ -320,12 +283,10 @@ def _restore(keys: list[tuple[type, str]]) -> tuple[str, ...]:
             if patch is None:
                 continue
             patch.active = False
-            if key[0].__dict__.get(key[1]) is patch.replacement:
+            if vars(key[0]).get(key[1]) is patch.replacement:
                 setattr(*key, patch.original)
                 restored.append(_name(key))
             else:
-                warnings.warn(
-                    f"{_name(key)} carries a later patch, which stays; the fix below it is off",
-                    stacklevel=3,
-                )
+                text = f"{_name(key)} carries a later patch, which stays; the fix below it is off"
+                warnings.warn(text, stacklevel=3)
         return tuple(restored)

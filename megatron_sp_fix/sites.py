@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The call sites: the methods of megatron-core that embed tokens for a decoder.
 
-They are recognized in the code objects of compiled source files. Nothing here runs these files, or
+They are recognized in the code objects of compiled source files, which are not run; nothing here
 imports torch or megatron-core.
 """
 
@@ -12,10 +12,7 @@ from pathlib import Path
 from types import CodeType
 from typing import NamedTuple, Optional
 
-__all__ = [
-    *("NEWEST", "OLDEST", "SITES", "Found", "Site", "UnsupportedMegatronError"),
-    *("installed_root", "supported", "version"),
-]
+__all__ = ["SITES", "Found", "Site", "UnsupportedMegatronError", "installed_root", "supported"]
 
 #: The releases this package is tested with, both included.
 OLDEST, NEWEST = (0, 12), (0, 19)
@@ -26,23 +23,17 @@ class UnsupportedMegatronError(RuntimeError):
 
 
 class Site(NamedTuple):
-    """A method that embeds tokens for a decoder, or hands the embedding on to one that does.
+    """A method that embeds tokens, or hands the embedding on to the one in the row before it.
 
-    Attributes:
-        role: what it does; each role is played by one of its sites in any release.
-        module: dotted name of the module that defines the class.
-        cls: the class.
-        method: the method.
-        embeds: ``"self"`` if it calls ``self.embedding``, ``"argument"`` if its argument
-            ``embedding``, ``"hands on"`` if it passes that argument on to the row before.
-        optional: whether a release may lack the role.
+    A `role` is played by one of its sites in any release, or by none if it is `optional`. What
+    `embeds` is ``self.embedding`` or the argument ``embedding``.
     """
 
     role: str
     module: str
     cls: str
     method: str
-    embeds: str = "self"
+    embeds: str = "self.embedding"
     optional: bool = False
 
     @property
@@ -61,22 +52,20 @@ SITES = (
     Site("hybrid decoder", f"{_MODELS}.mamba.mamba_model", "MambaModel", "forward"),  # to 0.17
     Site("hybrid decoder", _HYBRID, "HybridModel", "forward"),  # 0.18 on
     Site("hybrid decoder", _HYBRID, "HybridModel", "_preprocess"),  # pull requests 4798, 4942
-    Site("MTP", _MTP, "MultiTokenPredictionBlock", "forward", "argument"),  # 0.12, 0.13
-    Site("MTP", _MTP, _LAYER, "_get_embeddings", "argument"),  # 0.14 on
-    # Reaches a `_get_embeddings` that somebody replaced on an instance or in a subclass.
-    Site("MTP layer", _MTP, _LAYER, "forward", "hands on", optional=True),  # 0.14 on
-    Site("MTP single step", _MTP, _LAYER, "forward_single_position", "argument", True),  # 0.17 on
+    Site("MTP", _MTP, "MultiTokenPredictionBlock", "forward", "embedding"),  # 0.12, 0.13
+    Site("MTP", _MTP, _LAYER, "_get_embeddings", "embedding"),  # 0.14 on
+    # Hands on to `_get_embeddings`, which somebody may have replaced on an instance or a subclass.
+    Site("hand on", _MTP, _LAYER, "forward", "embedding", True),  # 0.14 on
+    Site("MTP single step", _MTP, _LAYER, "forward_single_position", "embedding", True),  # 0.17 on
 )
 
 
 class Found(NamedTuple):
     """A call site as a source tree has it.
 
-    Attributes:
-        site: the table's row.
-        native: what the tree does by itself: ``"no shard"`` (the bug), ``"own scatter"``
-            (Megatron-LM #5628, #6256) or ``"this fix"`` (the patches of ``diff``).
-        parameters: the names of the method's positional parameters, after ``self``.
+    `native` is what the tree does by itself: ``"no shard"`` (the bug), ``"own scatter"``
+    (Megatron-LM #5628, #6256) or ``"this fix"`` (the patches of ``diff``); `parameters` are the
+    names of the method's positional ones after ``self``.
     """
 
     site: Site
@@ -86,14 +75,11 @@ class Found(NamedTuple):
 
 @functools.cache  # a process imports one version of a file, whatever becomes of it on disk
 def supported(root: Path) -> tuple[tuple[Found, ...], str]:
-    """Find the call sites in a source tree.
-
-    Args:
-        root: the folder that holds ``megatron/core``.
+    """Find the call sites in the source tree whose folder `root` holds ``megatron/core``.
 
     Returns:
         tuple: one entry a role, in the table's order, and a remark: empty, or that the release is
-        newer than what this package is tested with.
+        newer than what was tested.
 
     Raises:
         UnsupportedMegatronError: the release is too old, a file cannot be read, or a role is not
@@ -101,29 +87,25 @@ def supported(root: Path) -> tuple[tuple[Found, ...], str]:
     """
     release = version(root)
     shown, oldest, newest = (".".join(map(str, v)) for v in (release, OLDEST, NEWEST))
+    where = f"megatron-core {shown} at {root}"
     if release[:2] < OLDEST:
-        raise UnsupportedMegatronError(
-            f"megatron-core {shown} at {root} is older than {oldest}: megatron-sp-fix supports "
-            f"{oldest} to {newest}"
-        )
+        raise UnsupportedMegatronError(f"{where} is too old: {oldest} to {newest} are supported")
     found: list[Found] = []
     for role in dict.fromkeys(site.role for site in SITES):
         sites = [site for site in SITES if site.role == role]
-        codes = {site: _code(root, site) for site in sites}
-        matches = [f for site, code in codes.items() if code and (f := _recognize(site, code))]
-        if sites[0].embeds == "hands on":  # it does what the method does that it hands on to
+        codes = {site: code for site in sites if (code := _code(root, site))}
+        matches = [match for site, code in codes.items() if (match := _recognize(site, code))]
+        if role == "hand on":
             found += [match._replace(native=found[-1].native) for match in matches]
         elif len(matches) == 1:
             found += matches
-        elif matches or not sites[0].optional or any(codes.values()):
-            what = "self.embedding" if sites[0].embeds == "self" else "embedding"
+        elif matches or codes or not sites[0].optional:
             raise UnsupportedMegatronError(
-                f"megatron-core {shown} at {root}: looked for one call of `{what}(input_ids=..., "
-                f"position_ids=...)` in {' or '.join(f'{s.module}: {s.name}' for s in sites)}, "
-                f"found {len(matches)}: name the method of this fork in apply(also=...), or add a "
-                "row to megatron_sp_fix/sites.py"
+                f"{where}: expected one call {sites[0].embeds}(input_ids=..., position_ids=...) in "
+                f"{' or '.join(f'{s.module}: {s.name}' for s in sites)}, found {len(matches)}; for "
+                "a fork, add its method to megatron_sp_fix/sites.py"
             )
-    remark = f"megatron-core {shown} is newer than {newest}, the newest that was tested"
+    remark = f"{where} is newer than {newest}, the newest release that was tested"
     return tuple(found), remark if release[:2] > NEWEST else ""
 
 
@@ -138,25 +120,21 @@ def installed_root() -> Path:
     except (ModuleNotFoundError, ValueError):  # ValueError: a stub without a spec is in its place
         spec = None
     if spec is None or spec.origin is None:
-        raise UnsupportedMegatronError(
-            "megatron-core is not installed in this environment: pip install megatron-core"
-        )
+        raise UnsupportedMegatronError("megatron-core is not installed: pip install megatron-core")
     return Path(spec.origin).parents[2]
 
 
 def version(root: Path) -> tuple[int, ...]:
-    """Read ``(major, minor, patch)`` from ``megatron/core/package_info.py`` of a source tree.
+    """Read ``(major, minor, patch)`` from a source tree.
 
     Raises:
-        UnsupportedMegatronError: the tree has no such file, or the file no version.
+        UnsupportedMegatronError: there is no tree at `root`, or it states no version.
     """
     path = root / "megatron/core/package_info.py"
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     numbers = re.findall(r"^(?:MAJOR|MINOR|PATCH)\s*=\s*(\d+)", text, re.M)
     if len(numbers) != 3:
-        raise UnsupportedMegatronError(
-            f"no megatron-core source tree at {root}: {path} does not state a version"
-        )
+        raise UnsupportedMegatronError(f"no megatron-core at {root}: {path} states no version")
     return tuple(map(int, numbers))
 
 
@@ -182,13 +160,12 @@ def _compile(path: Path) -> Optional[CodeType]:
 def _recognize(site: Site, code: CodeType) -> Optional[Found]:
     """What a method does by itself, or None if it does not embed as the table says."""
     arguments = code.co_varnames[1 : code.co_argcount]
-    call = ("input_ids", "position_ids") in code.co_consts  # the keywords of a call
-    names = (*code.co_names, *code.co_consts)
-    fixed = "embed_tokens_for_decoder" in names
-    if site.embeds == "hands on":
-        return Found(site, "hands on", arguments) if "embedding" in arguments else None
-    if not fixed and not (call and "embedding" in (names if site.embeds == "self" else arguments)):
+    names = (*code.co_names, *code.co_consts, *arguments)
+    fixed = "scatter_embeddings" in names  # the function that `diff` adds
+    calls = ("input_ids", "position_ids") in code.co_consts  # the keywords of a call
+    if not fixed and ("embedding" not in names or not (calls or site.role == "hand on")):
         return None
     scatters = "scatter_to_sequence_parallel" in names
-    native = "this fix" if fixed else "own scatter" if scatters else "no shard"
-    return Found(site, native, arguments)
+    return Found(
+        site, "this fix" if fixed else "own scatter" if scatters else "no shard", arguments
+    )

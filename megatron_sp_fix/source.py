@@ -1,60 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The table of call sites as a unified diff of any megatron-core source tree."""
+"""The source form: the fix as a unified diff, or as a series of mails, for a megatron-core tree.
+
+`upstream_tests/` holds what is changed and what is said of it. Here it is found in the user's own
+files, by their syntax trees, and replaced there as text: what is not replaced stays as it is, to
+the byte.
+"""
 
 import ast
 import difflib
 import email.utils
+import functools
+import re
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Optional
+from typing import NamedTuple, Optional, Union
 
-from .sites import Found, find, version
+from .sites import OLDEST, UnsupportedMegatronError, version
+from .upstream_tests import core, messages
+from .upstream_tests.core import Change, Import
 
-__all__ = ["diff", "mail"]
+__all__ = ["diff", "mail", "signer"]
 
-_HERE = Path(__file__).parent
-_FIX = "megatron/core/models/common/embeddings/embedding.py"
-_TEST = "tests/unit_tests/models/test_standalone_tower.py"
-# Upstream's own test of #6256 mocks the statement that this patch replaces; ours covers it.
-_MOCKED = "tests/unit_tests/transformer/test_multi_token_prediction.py"
-_MOCKING = "test_get_embeddings_scatters_when_embedding_does_not"
+_TEXTS = Path(__file__).parent / "upstream_tests"
+_TESTS = "tests/unit_tests/models/test_base_embedding.py"
 _WIDTH = 100
-
-_SUBJECT = "Shard a standalone language tower's embeddings by a reduce-scatter"
-_BODY = """\
-A model built with scatter_embedding_sequence_parallel=False returns full-length
-embeddings, because a multimodal outer model shards them. When it embeds its own
-tokens under sequence parallelism (distillation, quantization, text-only
-training), its decoder must get a shard.
-
-megatron-core scatters at some of these places by itself, after an all-reduce.
-That leaves:
-- the full-length tensor alive until backward, since the scattered part is a view
-- an all-reduce of [s, b, h] where a plain LM (unless it adds learned positions)
-  pays one reduce-scatter
-- an embedding that shards by itself (a wrapper) sharded twice, and one without the
-  flag (a function) refused
-- MTP's speculative step without a shard
-- no regression test on ranks
-
-models/common/embeddings/embedding.py embeds as a plain LM would, and every place
-that embeds tokens for a decoder calls it. The embedding module is not changed,
-so an outer model still gets full length. In a standalone forward, hooks on the
-embedding and on its word embeddings see what they see in a plain LM: the shard.
-Padding masks are sharded where tokens are embedded, over the model's own TP group.
-
-Tested: logits, loss and all gradients are bitwise those of a model built with
-the flag on, for GPTModel and HybridModel, at TP 2 and 4, and for MTP on 0.12 to
-0.19. The new unit test fails without the change at any of the call sites.
-
-At tp=2, h=4096, bf16, s=131072 the input step of a plain LM keeps 513 MiB for
-backward, all-reduce and split 1025 MiB; this change keeps what the plain LM
-keeps, and sends forward what it sends, half of an all-reduce. On two H100s over
-NVLink, with a vocabulary of 152064, that step's forward takes 4.05 ms with this
-change, 5.27 with all-reduce and split, and 4.40 in a plain LM, which also copies
-the shard; with the backward 12.2, 13.5 and 12.6. A whole training step takes the
-same time in all three.
-"""
+_Files = dict[str, str]
+_Span = tuple[tuple[int, int], tuple[int, int]]
 
 
 def diff(root: Path) -> str:
@@ -62,155 +34,280 @@ def diff(root: Path) -> str:
 
     Args:
         root: the folder that holds ``megatron/core``; if it holds ``tests/unit_tests`` too, the
-            patch adds a regression test.
+            patch adds tests there.
 
     Returns:
         str: a unified diff that ``git apply`` and ``patch -p1`` take, relative to `root`; empty if
-        the tree carries the fix already.
+        the tree has the fix already.
 
     Raises:
-        UnsupportedMegatronError: a call site is not recognized; the message names file and method.
+        UnsupportedMegatronError: something is not recognized, or a file cannot be read as Python;
+            the message names the file, the method and what was looked for.
     """
-    version(root)
-    found = find(root)
-    changes: dict[str, tuple[Optional[str], str]] = {}
-    _add(changes, root, _FIX, (_HERE / "embedding.py").read_text(encoding="utf-8"))
-    for path in dict.fromkeys(match.site.path for match in found):
-        before = _read(root / path)
-        matches = [m for m in found if m.site.path == path and m.form != "source"]
-        if matches:
-            changes[path] = (before, _patched(before, matches))
-    if (root / "tests/unit_tests").is_dir():
-        _add(changes, root, _TEST, (_HERE / "regression_test.py").read_text(encoding="utf-8"))
-        if (root / _MOCKED).is_file():
-            _add(changes, root, _MOCKED, _without(_read(root / _MOCKED), _MOCKING))
-    return "".join(_unified(path, *changes[path]) for path in sorted(changes))
+    steps = _series(root)
+    return _unified(steps[0].before, steps[-1].after)
 
 
-def mail(root: Path) -> str:
-    """Make the patch as a mail that ``git am`` takes, signed off by git's configured user.
+def mail(root: Path, sign_off: str) -> str:
+    """Make the fix as a series of mails that ``git am`` takes, each a step that stands by itself.
 
     Args:
         root: as for :func:`diff`.
+        sign_off: ``Name <address>``, the author, who signs off.
 
     Returns:
-        str: the mail; empty if the tree carries the fix already.
+        str: an mbox; empty if the tree has the fix already.
 
     Raises:
         UnsupportedMegatronError: as for :func:`diff`.
-        ValueError: git is not configured with a name and a mail address.
     """
-    patch = diff(root)
-    if not patch:
-        return ""
-    name, address = _configured(root, "user.name"), _configured(root, "user.email")
-    return (
-        f"From {'0' * 40} Mon Sep 17 00:00:00 2001\n"
-        f"From: {email.utils.formataddr((name, address))}\n"
-        f"Date: {email.utils.formatdate(localtime=True)}\nSubject: [PATCH] {_SUBJECT}\n\n"
-        f"{_BODY}\nSigned-off-by: {name} <{address}>\n---\n\n{patch}-- \nmegatron-sp-fix\n"
-    )
+    steps = [step for step in _series(root) if step.before != step.after]
+    date = email.utils.formatdate(localtime=True)
+    mails = ""
+    for number, step in enumerate(steps, 1):
+        subject, body = messages.message(step.name, step.before)
+        mails += (
+            f"From {'0' * 40} Mon Sep 17 00:00:00 2001\nFrom: {sign_off}\nDate: {date}\n"
+            f"Subject: [PATCH {number}/{len(steps)}] {subject}\nMIME-Version: 1.0\n"
+            "Content-Type: text/plain; charset=UTF-8\nContent-Transfer-Encoding: 8bit\n\n"
+            f"{body}\nSigned-off-by: {sign_off}\n---\n\n"
+            f"{_unified(step.before, step.after)}-- \nmegatron-sp-fix\n\n"
+        )
+    return mails
 
 
-def _configured(root: Path, name: str) -> str:
-    done = subprocess.run(
-        ["git", "config", name], cwd=root, capture_output=True, text=True, check=False
-    )
-    value = done.stdout.strip()
-    if not value:
-        raise ValueError(f"git has no {name} to sign off with: set it by `git config {name} ...`")
-    return value
+def signer(root: Path) -> str:
+    """Read ``Name <address>`` of git's configured user.
+
+    Args:
+        root: the folder whose repository's configuration counts.
+
+    Raises:
+        ValueError: git has no name or no address.
+    """
+    values = []
+    for key in ("user.name", "user.email"):
+        command = ["git", "config", key]
+        done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+        if not done.stdout.strip():
+            raise ValueError(f"git has no {key} to sign off with: set it by `git config {key} ...`")
+        values.append(done.stdout.strip())
+    return f"{values[0]} <{values[1]}>"
 
 
-def _read(path: Path) -> str:
+class _Step(NamedTuple):
+    """One patch of the series: its name, and the files before and after it."""
+
+    name: str
+    before: _Files
+    after: _Files
+
+
+def _series(root: Path) -> list[_Step]:
+    release = version(root)
+    if release[:2] < OLDEST:
+        raise UnsupportedMegatronError(
+            f"megatron-core {'.'.join(map(str, release))} at {root} is too old: the oldest "
+            f"supported is {'.'.join(map(str, OLDEST))}"
+        )
+    everything = (*core.PADDING, *core.SCATTER, *core.REDUCE_SCATTER, *core.TESTS)
+    places = [place for change in everything for place in change.places.split(" | ")]
+    paths = dict.fromkeys([place.split(":")[0] for place in places] + [_TESTS])
+    files = {path: _read(root, path) for path in paths if (root / path).is_file()}
+    groups = core.GROUPS[0] if "tp_group" in files.get(core.EMBEDDING, "") else core.GROUPS[1]
+    padded = any("padding_slice" in text for text in files.values())
+    steps = []
+    for name, changes in (
+        ("padding", core.PADDING if padded else ()),
+        ("scatter", (groups, *core.SCATTER, *core.TESTS)),
+        ("reduce_scatter", core.REDUCE_SCATTER),
+    ):
+        before, files = files, dict(files)
+        for change in changes:
+            try:
+                _apply(files, change)
+            except UnsupportedMegatronError as error:
+                raise UnsupportedMegatronError(f"{root}: {error}") from None
+        if changes and _TESTS in files:
+            for part in ("ranks", name):
+                _add_tests(files, part)
+        steps.append(_Step(name, before, files))
+    return steps
+
+
+def _read(root: Path, path: str) -> str:
     # Bytes decoded by hand: `open` would turn a file's \r\n into \n, and the diff would not apply.
-    return path.read_bytes().decode("utf-8")
+    try:
+        text = (root / path).read_bytes().decode("utf-8")
+        _parse(text)
+    except UnicodeDecodeError as error:
+        raise UnsupportedMegatronError(f"{root / path} is not UTF-8: {error.reason}") from None
+    except (SyntaxError, ValueError) as error:
+        raise UnsupportedMegatronError(f"{root / path} is not Python: {error}") from None
+    return text
 
 
-def _add(
-    changes: dict[str, tuple[Optional[str], str]], root: Path, path: str, content: str
-) -> None:
-    before = _read(root / path) if (root / path).is_file() else None
-    if before != content:
-        changes[path] = (before, content)
+@functools.lru_cache(maxsize=64)
+def _parse(text: str) -> ast.Module:
+    # A byte order mark is a character of the first line, which nothing here changes.
+    return ast.parse(text.removeprefix("\ufeff"))
 
 
-def _patched(text: str, matches: list[Found]) -> str:
-    """Replace the statements at a file's call sites, from the last to the first."""
-    end = "\r\n" if "\r\n" in text else "\n"
-    lines = _lines(text)
-    edits: list[tuple[int, int, list[str]]] = []
-    names = set()
-    for match in matches:
-        indent = " " * match.call.col_offset
-        masked = f"{indent}    padding_mask = shard_padding_mask(self, padding_mask, input_ids)"
-        if match.site.embeds == "embedding":
-            names.add("sharding_embedding")
-            arguments = ast.unparse(match.call.value).partition("(")[2][:-1]
-            new = _call(f"{indent}decoder_input = sharding_embedding(self, embedding)", arguments)
-        else:
-            names.add("embed_for_decoder")
-            arguments = "self, input_ids, position_ids, inference_context"
-            new = _call(f"{indent}decoder_input = embed_for_decoder", arguments)
-            if match.takes_mask:
-                names.add("shard_padding_mask")
-                if match.mask is None:
-                    new += [
-                        f"{indent}if padding_mask is not None and self.config.sequence_parallel:",
-                        masked,
-                    ]
-        edits.append((match.call.lineno, match.call.end_lineno or 0, new))
-        if match.mask is not None:
-            edits.append((match.mask.lineno, match.mask.end_lineno or 0, [masked]))
-        if match.scatter is not None:
-            first = match.scatter.lineno
-            while lines[first - 2].lstrip().startswith("#"):
-                first -= 1
-            first -= not lines[first - 2].strip()
-            edits.append((first, match.scatter.end_lineno or 0, []))
-    module = _FIX.removesuffix(".py").replace("/", ".")
-    edits.append(_import(ast.parse(text), module, sorted(names)))
-    for first, last, new in sorted(edits, reverse=True):
-        lines[first - 1 : last] = [line + end for line in new]
-    return "".join(lines)
-
-
-def _without(text: str, name: str) -> str:
-    """Remove a test, its decorators and the blank line after it."""
-    lines = _lines(text)
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.FunctionDef) and node.name == name:
-            first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
-            last = node.end_lineno or first
-            if last < len(lines) and not lines[last].strip():
-                last += 1
-            del lines[first - 1 : last]
+def _apply(files: _Files, change: Union[Change, Import]) -> None:
+    """Make a change in the first of its places that there is."""
+    for place in change.places.split(" | "):
+        path, _, name = place.partition(":")
+        scope = _scope(files.get(path), name.strip())
+        if scope is not None:
             break
-    return "".join(lines)
+    else:
+        if isinstance(change, Change) and change.need == "present":
+            return
+        raise UnsupportedMegatronError(f"there is no {change.places.replace(' | ', ' or ')}")
+    if isinstance(change, Import):
+        files[path] = _with_import(files[path], change.module, change.names)
+        return
+    if _key(change.done) in _key(ast.unparse(scope)):
+        return
+    spans = _spans(scope, change.find, _lines(files[path]))
+    several = change.find.startswith("every ")
+    if len(spans) == 1 or (spans and several):
+        new = _variant(files, change.new).replace("{group}", _group(files[path]))
+        for span in sorted(spans, reverse=True):
+            files[path] = _replaced(files[path], span, new)
+    elif change.need != "maybe":
+        raise UnsupportedMegatronError(
+            f"{place}: looked for one `{change.find}` and found {len(spans) or 'none'}. The source "
+            "form fits code as megatron-core has it; `megatron-sp-fix run` needs no known source"
+        )
 
 
-def _call(function: str, arguments: str) -> list[str]:
-    """Write a call as black would: on one line, or with its arguments on the next."""
-    line = f"{function}({arguments})"
-    if len(line) <= _WIDTH:
-        return [line]
-    indent = " " * (len(function) - len(function.lstrip()))
-    return [f"{function}(", f"{indent}    {arguments}", f"{indent})"]
+def _scope(text: Optional[str], name: str) -> Optional[ast.AST]:
+    """Find ``Class.method``, a class or a function; the whole module for an empty name."""
+    node: Optional[ast.AST] = None if text is None else _parse(text)
+    for part in name.split(".") if name else ():
+        body = getattr(node, "body", ())
+        node = next((child for child in body if getattr(child, "name", None) == part), None)
+    return node
 
 
-def _import(tree: ast.Module, module: str, names: list[str]) -> tuple[int, int, list[str]]:
-    """Place the import as isort would: among megatron's, by module name."""
-    ours = [
-        node
-        for node in tree.body
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("megatron.")
-    ]
-    after = [node for node in ours if (node.module or "") < module and not node.level]
-    line = after[-1].end_lineno or 0 if after else ours[0].lineno - 1
-    new = f"from {module} import {', '.join(names)}"
-    if len(new) > _WIDTH:
-        return line + 1, line, [f"from {module} import (", *(f"    {n}," for n in names), ")"]
-    return line + 1, line, [new]
+def _spans(scope: ast.AST, find: str, lines: list[str]) -> set[_Span]:
+    """Find where a piece of code stands: from line and column to line and column."""
+    key, spans = _key(find.removeprefix("every ")), set()
+    for node in ast.walk(scope):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            for number in range(node.lineno, (node.end_lineno or 0) + 1):  # a docstring's lines
+                text = lines[number - 1].rstrip()
+                if _key(text) == key:
+                    spans.add(((number, len(text) - len(text.lstrip())), (number, len(text))))
+        if _key(_label(node)) == key:
+            parts = [part for part in ast.walk(node) if hasattr(part, "end_col_offset")]
+            first = min((part.lineno, part.col_offset) for part in parts)
+            last = max((part.end_lineno, part.end_col_offset) for part in parts)
+            spans.add((_characters(first, lines), _characters(last, lines)))
+    return spans
+
+
+def _label(node: ast.AST) -> str:
+    if isinstance(node, ast.FunctionDef):
+        return f"def {node.name}"
+    if isinstance(node, ast.ClassDef):
+        return f"class {node.name}"
+    return f"if {ast.unparse(node.test)}:" if isinstance(node, ast.If) else ast.unparse(node)
+
+
+def _key(code: str) -> str:
+    """What is left of code without what formatters change."""
+    return re.sub(r"[\s()\"']", "", code)
+
+
+def _characters(place: tuple[int, int], lines: list[str]) -> tuple[int, int]:
+    # Syntax trees count bytes.
+    number, column = place
+    return number, len(lines[number - 1].encode()[:column].decode())
+
+
+def _replaced(text: str, span: _Span, new: str) -> str:
+    lines = _lines(text)
+    (first, start), (last, stop) = span
+    if not new:
+        while lines[first - 2].lstrip().startswith("#"):
+            first -= 1
+        first -= not lines[first - 2].strip()
+        return "".join(lines[: first - 1] + lines[last:])
+    head, tail = lines[first - 1][:start], lines[last - 1][stop:]
+    old = "".join(lines[first - 1 : last])[start : -len(tail) or None]
+    indent = head[: len(head) - len(head.lstrip())]
+    rows = [_wrapped(indent + row) if row else "" for row in new.split("\n")]
+    rows[-1] = rows[-1] or indent
+    made = "\n".join(rows).replace("    {outdent}", "").removeprefix(indent)
+    made = made.replace("\n", _end(lines)).replace("{old}", old)
+    return "".join([*lines[: first - 1], head + made + tail, *lines[last:]])
+
+
+def _wrapped(row: str) -> str:
+    """Break a call as black would: its arguments on the next line."""
+    parts = re.fullmatch(r"(\s*)([^(]*\()(.*)\)", row)
+    if len(row) <= _WIDTH or parts is None:
+        return row
+    indent, function, arguments = parts.groups()
+    return f"{indent}{function}\n{indent}    {arguments}\n{indent})"
+
+
+def _with_import(text: str, module: str, names: Sequence[str]) -> str:
+    """Import names as isort would: with those of the same module, else among megatron's."""
+    nodes = [node for node in _parse(text).body if isinstance(node, ast.ImportFrom)]
+    same = [node for node in nodes if node.module == module]
+    if same:
+        there = [ast.unparse(alias) for alias in same[0].names]
+        names = [*there, *(name for name in names if name not in there)]
+        if len(names) == len(there):
+            return text
+        first, last = same[0].lineno, same[0].end_lineno or 0
+    else:
+        ours = [node for node in nodes if (node.module or "").startswith("megatron.")]
+        after = [node for node in ours if (node.module or "") < module]
+        last = (after[-1].end_lineno or 0) if after else ours[0].lineno - 1
+        first = last + 1
+    names = sorted(names, key=lambda name: (not name[0].isupper(), name))
+    row = f"from {module} import {', '.join(names)}"
+    if len(row) > _WIDTH:
+        row = "\n".join([f"from {module} import (", *(f"    {name}," for name in names), ")"])
+    lines = _lines(text)
+    row = (row + "\n").replace("\n", _end(lines))
+    return "".join([*lines[: first - 1], row, *lines[last:]])
+
+
+def _add_tests(files: _Files, part: str) -> None:
+    source = _variant(files, (_TEXTS / f"{part}.py").read_text(encoding="utf-8"))
+    body = _parse(source).body
+    imports = [node for node in body if isinstance(node, ast.ImportFrom)]
+    definition = next(node for node in body if isinstance(node, (ast.ClassDef, ast.FunctionDef)))
+    text = files[_TESTS]
+    if _scope(text, definition.name) is not None:
+        return
+    for node in imports:
+        names = [alias.name for alias in node.names]
+        text = _with_import(text, node.module or "", names)
+    end = _end(_lines(text))
+    rows = _lines(source)[imports[-1].end_lineno or 0 :]
+    text += "" if text.endswith("\n") else end
+    files[_TESTS] = text + "".join(rows).replace("\n", end)
+
+
+def _variant(files: _Files, text: str) -> str:
+    for path, word, pairs in core.VARIANTS:
+        for old, new in pairs if word not in files.get(path, "") else ():
+            text = text.replace(old, new)
+    return text
+
+
+def _group(text: str) -> str:
+    """The argument that names a model's own tensor parallel group, where its file has one."""
+    for group in ("self.tp_group = ", "self.pg_collection.tp,", "self.model_comm_pgs.tp,"):
+        if group in text:
+            return f", {group.rstrip(' =,')}"
+    return ""
 
 
 def _lines(text: str) -> list[str]:
@@ -219,12 +316,19 @@ def _lines(text: str) -> list[str]:
     return [part + "\n" for part in parts[:-1]] + ([parts[-1]] if parts[-1] else [])
 
 
-def _unified(path: str, before: Optional[str], after: str) -> str:
-    head = f"diff --git a/{path} b/{path}\n"
-    if before is None:
-        head += "new file mode 100644\n"
-    old = "/dev/null" if before is None else f"a/{path}"
-    lines = difflib.unified_diff(_lines(before or ""), _lines(after), old, f"b/{path}")
-    return head + "".join(
-        line if line.endswith("\n") else f"{line}\n\\ No newline at end of file\n" for line in lines
-    )
+def _end(lines: list[str]) -> str:
+    return "\r\n" if lines[0].endswith("\r\n") else "\n"
+
+
+def _unified(before: _Files, after: _Files) -> str:
+    text = ""
+    for path in sorted(after):
+        if before[path] != after[path]:
+            rows = difflib.unified_diff(
+                _lines(before[path]), _lines(after[path]), f"a/{path}", f"b/{path}"
+            )
+            text += f"diff --git a/{path} b/{path}\n" + "".join(
+                row if row.endswith("\n") else f"{row}\n\\ No newline at end of file\n"
+                for row in rows
+            )
+    return text

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which language models in a built model are towers, and whether their decoders get shards."""
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
@@ -47,38 +46,34 @@ def audit(model: Any, *, strict: bool = False) -> tuple[Tower, ...]:
         strict: raise unless every tower is covered.
 
     Raises:
-        TypeError: there is no module in `model`.
+        TypeError: `model` is, or holds, something else.
         NotCoveredError: with `strict`, a tower is not covered, or it cannot be told.
     """
     from megatron.core.models.common.language_module.language_module import LanguageModule
 
-    towers, seen = [], set()
-    for name, module in _modules(model, ""):
-        if isinstance(module, LanguageModule) and hasattr(module, "decoder"):
-            if id(module) not in seen:
-                towers.append(Tower(name, type(module).__name__, *_verdict(module)))
-            seen.add(id(module))
+    found = {
+        id(module): (name, module)
+        for name, module in _modules(model, "")
+        if isinstance(module, LanguageModule) and hasattr(module, "decoder")
+    }
+    towers = tuple(Tower(name, type(m).__name__, *_verdict(m)) for name, m in found.values())
     missed = [tower for tower in towers if not tower.covered]
     if strict and missed:
         raise NotCoveredError(
             "; ".join(f"{t.name or 'the model'} ({t.cls}): {t.verdict}: {t.reason}" for t in missed)
         )
-    return tuple(towers)
+    return towers
 
 
 def _modules(model: Any, name: str) -> Iterator[tuple[str, Any]]:
-    import torch
-
-    if isinstance(model, torch.nn.Module):
+    if hasattr(model, "named_modules"):
         yield from model.named_modules(prefix=name)
     elif isinstance(model, (list, tuple, Mapping)):
-        items = model.items() if isinstance(model, Mapping) else enumerate(model)
-        for key, item in items:
+        for key, item in model.items() if isinstance(model, Mapping) else enumerate(model):
             yield from _modules(item, f"{name}.{key}".lstrip("."))
     else:
-        raise TypeError(
-            f"audit takes a torch.nn.Module, or a list or dict of them, not {type(model).__name__}"
-        )
+        what = f"{name}: " if name else ""
+        raise TypeError(f"{what}a {type(model).__name__} is no torch.nn.Module, list or dict")
 
 
 def _verdict(tower: Any) -> tuple[str, str]:
@@ -91,19 +86,19 @@ def _verdict(tower: Any) -> tuple[str, str]:
         return "nothing to shard", "it is a plain LM: its embedding shards by itself"
     if not needs_shard(tower, embedding):
         return "nothing to shard", "sequence parallelism is off, or TP is 1"
-    probe = _Probe(tower, tp_group(tower, embedding))
-    parts = [("its decoder", probe.decoder)] if tower.pre_process else []
-    if getattr(tower, "mtp_process", False):
-        parts.append(("MTP", probe.mtp))
+    size = tp_group(tower, embedding).size()
+    rows, length = 4, 4 * size
+    parts: list[tuple[str, Callable[..., None]]] = []
+    parts += [("its decoder", _run_tower)] if tower.pre_process else []
+    parts += [("MTP", _run_mtp)] if getattr(tower, "mtp_process", False) else []
     for name, run in parts:
         try:
-            rows = probe.rows_of(run)
+            got = _arriving(run, tower, rows, length)
         except Exception as error:
             line = f"{type(error).__name__}: {error}".splitlines()[0]
             return "cannot tell", f"{name} was not reached: {line}"
-        if rows != probe.rows:
-            expected = f"{probe.rows} of {probe.length} rows"
-            return "not covered", f"{name} gets {rows} instead of {expected} at TP {probe.size}"
+        if got != rows:
+            return "not covered", f"{name} gets {got} of {length} rows, not {rows}, at TP {size}"
     return "covered", f"{' and '.join(name for name, _ in parts)} got this rank's rows"
 
 
@@ -111,97 +106,88 @@ class _Arrived(BaseException):
     """Holds what arrived at a stand-in; no Exception, which a model's own code may catch."""
 
 
-class _StandIn:
-    """Does something of its own when called; its attributes are those of what it stands in for."""
-
-    def __init__(self, real: Any, call: Callable[..., Any], **own: Any) -> None:
-        self.__dict__.update(own, _real=real, _call=call)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["_real"], name)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._call(*args, **kwargs)
-
-
-class _Probe:
-    """Calls a tower's methods with stand-ins, and counts the rows that arrive."""
-
-    def __init__(self, tower: Any, group: Any) -> None:
-        import torch
-
-        self.tower, self.size = tower, group.size()
-        self.rows, self.length = 4, 4 * group.size()
-        like = next(tower.parameters())
-        shape, hidden = (1, self.length), tower.config.hidden_size
-
-        def embed(*_: Any, **__: Any) -> Any:
-            return like.new_zeros(self.length, 1, hidden)
-
-        self.embedding = _StandIn(
-            tower.embedding, embed, tp_group=group, scatter_to_sequence_parallel=False
-        )
-        positions = torch.arange(self.length, device=like.device).expand(shape)
-        if getattr(tower, "position_embedding_type", "") == "mrope":
-            positions = positions.expand(3, *shape)
-        ids = torch.zeros(shape, dtype=torch.long, device=like.device)
-        self.inputs = {"input_ids": ids, "position_ids": positions, "attention_mask": None}
-        self.hidden_states = like.new_zeros(self.rows, 1, hidden)
-
-    def decoder(self) -> None:
-        """Call the tower's forward."""
-        tower, decoder = self.tower, _StandIn(self.tower.decoder, _arrived)
-        with _instead(tower, "embedding", self.embedding), _instead(tower, "decoder", decoder):
-            hooks = tower._forward_pre_hooks.values()
-            home = {str(getattr(hook, "__module__", "")).split(".")[0] for hook in hooks}
-            # Hooks of these gather parameters; others may hand in a decoder_input.
-            (tower.forward if home <= {"megatron", "torch"} else tower)(**self.inputs)
-
-    def mtp(self) -> None:
-        """Call the forward of the tower's MTP block, whose layers norm what they embed."""
-        block = self.tower.mtp
-        given = self.inputs | {"hidden_states": self.hidden_states, "embedding": self.embedding}
-        for name, parameter in inspect.signature(block.forward).parameters.items():
-            if name not in given and parameter.default is parameter.empty:
-                given |= {} if parameter.kind is parameter.VAR_KEYWORD else {name: None}
-        with ExitStack() as stack:
-            for layer in block.layers:
-                stack.enter_context(_instead(layer, "enorm", _StandIn(layer.enorm, _arrived)))
-            block.forward(**given)
-
-    def rows_of(self, run: Callable[[], None]) -> int:
-        """Run a method up to a stand-in, without collectives or gradients."""
-        import torch
-        from torch.utils._python_dispatch import TorchDispatchMode
-
-        class NoCollectives(TorchDispatchMode):
-            def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):  # type: ignore[no-untyped-def]
-                if "c10d" in func.namespace:
-                    raise RuntimeError(f"it calls {func}, for which all ranks are needed")
-                return func(*args, **(kwargs or {}))
-
-        try:
-            with torch.no_grad(), NoCollectives():
-                run()
-        except _Arrived as arrived:
-            rows: int = arrived.args[0].shape[0]
-            return rows
-        raise RuntimeError("its forward ended without it")
-
-
-def _arrived(*args: Any, **kwargs: Any) -> None:
+def _arrive(*args: Any, **kwargs: Any) -> None:
     states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
     raise _Arrived(states.unwrap() if hasattr(states, "unwrap") else states)
 
 
+class _StandIn:
+    """Does something of its own when called; its attributes are those of what it stands in for."""
+
+    scatter_to_sequence_parallel = False
+
+    def __init__(self, real: Any, call: Callable[..., Any]) -> None:
+        self.real, self.call = real, call
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.real, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.call(*args, **kwargs)
+
+
 @contextmanager
-def _instead(module: Any, name: str, stand_in: Any) -> Iterator[None]:
+def _instead(module: Any, name: str, call: Callable[..., Any]) -> Iterator[_StandIn]:
     """Shadow an attribute of a module by its ``__dict__``, as embedding.py does."""
+    stand_in = _StandIn(getattr(module, name), call)
     before = module.__dict__.get(name, stand_in)
     module.__dict__[name] = stand_in
     try:
-        yield
+        yield stand_in
     finally:
         module.__dict__[name] = before
         if before is stand_in:
             del module.__dict__[name]
+
+
+def _arriving(run: Callable[..., None], tower: Any, rows: int, length: int) -> int:
+    """Run a method up to a stand-in, without collectives or gradients, and count what arrives."""
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class NoCollectives(TorchDispatchMode):  # type: ignore[no-untyped-call]
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            if "c10d" in func.namespace:
+                raise RuntimeError(f"it calls {func}, for which all ranks are needed")
+            return func(*args, **(kwargs or {}))
+
+    like, hidden = next(tower.parameters()), tower.config.hidden_size
+    positions = torch.arange(length, device=like.device).expand(1, length)
+    if getattr(tower, "position_embedding_type", "") == "mrope":
+        positions = positions.expand(3, 1, length)
+    ids = torch.zeros((1, length), dtype=torch.long, device=like.device)
+    inputs = {"input_ids": ids, "position_ids": positions, "attention_mask": None}
+    try:
+        with ExitStack() as stack:
+            for context in (torch.no_grad(), NoCollectives()):  # type: ignore[no-untyped-call]
+                stack.enter_context(context)
+            full = _instead(tower, "embedding", lambda *_, **__: like.new_zeros(length, 1, hidden))
+            stack.enter_context(full)
+            run(stack, tower, inputs, like.new_zeros(rows, 1, hidden))
+    except _Arrived as arrived:
+        got: int = arrived.args[0].shape[0]
+        return got
+    raise RuntimeError("its forward ended without it")
+
+
+def _run_tower(stack: ExitStack, tower: Any, inputs: dict[str, Any], _: Any) -> None:
+    stack.enter_context(_instead(tower, "decoder", _arrive))
+    hooks = tower._forward_pre_hooks.values()
+    home = {str(getattr(hook, "__module__", "")).split(".")[0] for hook in hooks}
+    # Hooks of these two gather parameters; others may hand in a decoder_input.
+    (tower.forward if home <= {"megatron", "torch"} else tower)(**inputs)
+
+
+def _run_mtp(stack: ExitStack, tower: Any, inputs: dict[str, Any], hidden_states: Any) -> None:
+    """Call the MTP block, each of whose layers begins with a norm of what it has embedded."""
+    import inspect
+
+    for layer in tower.mtp.layers:
+        stack.enter_context(_instead(layer, "enorm", _arrive))
+    inputs |= {"hidden_states": hidden_states, "embedding": tower.embedding}
+    for name, parameter in inspect.signature(tower.mtp.forward).parameters.items():
+        if parameter.default is parameter.empty and parameter.kind is not parameter.VAR_KEYWORD:
+            inputs.setdefault(name, None)
+    tower.mtp.forward(**inputs)

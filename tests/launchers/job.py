@@ -65,6 +65,8 @@ if __name__ == "__main__":
         store = f"file://{folder}/store"
         if way == "torchrun":
             train(int(os.environ["RANK"]), "env://")
+        elif way == "mpirun":
+            train(int(os.environ["OMPI_COMM_WORLD_RANK"]), f"file://{sys.argv[2]}")
         elif way == "ray":
             by_ray(store)
         else:

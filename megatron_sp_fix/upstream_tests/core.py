@@ -1,0 +1,422 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the source form changes in megatron-core, patch by patch: data, which `source.py` applies."""
+
+from typing import NamedTuple
+
+GPT = "megatron/core/models/gpt/gpt_model.py"
+HYBRID = "megatron/core/models/hybrid/hybrid_model.py"
+MAMBA = "megatron/core/models/mamba/mamba_model.py"  # up to 0.17
+MTP = "megatron/core/transformer/multi_token_prediction.py"
+_MODULE = "megatron/core/models/common/language_module/language_module.py"
+_LAYERS = "megatron/core/tensor_parallel/layers.py"
+EMBEDDING = "megatron/core/models/common/embeddings/language_model_embedding.py"
+
+
+class Change(NamedTuple):
+    """A piece of code that is replaced.
+
+    Attributes:
+        places: ``file: Class.method``, ``file: function`` or ``file:`` for all of it. More than one
+            where releases differ, separated by `` | ``: the first that a tree has is changed.
+        find: the code to replace, without regard to its formatting: a statement, an expression, a
+            parameter list, ``def name``, ``class name``, the head of an ``if``, or a line of a
+            docstring; ``every EXPRESSION`` if there may be several.
+        new: what takes its place, without the place's indentation; ``{old}`` is the old code, as it
+            stands there, ``{outdent}`` a step to the left, ``{group}`` the model's tensor parallel
+            group as an argument. Empty: the statement goes, with the comment above it.
+        done: what the place contains once it is changed.
+        need: ``always``; ``present`` if a release may lack the place; ``maybe`` if the place may
+            lack the code.
+    """
+
+    places: str
+    find: str
+    new: str
+    done: str
+    need: str = "always"
+
+
+class Import(NamedTuple):
+    """Names that a file imports from a module: ``file:``, the module and the names."""
+
+    places: str
+    module: str
+    names: tuple[str, ...]
+
+
+_DECODER = f"{GPT}: GPTModel._preprocess | {GPT}: GPTModel.forward"  # forward in 0.12
+_HYBRID_DECODER = f"{HYBRID}: HybridModel.forward | {MAMBA}: MambaModel.forward"
+_MTP_TRAINING = (  # the block's in 0.12 and 0.13
+    f"{MTP}: MultiTokenPredictionLayer._get_embeddings | "
+    f"{MTP}: MultiTokenPredictionBlock.forward"
+)
+_MTP_STEP = f"{MTP}: MultiTokenPredictionLayer.forward_single_position"  # 0.17 on
+_INIT = f"{EMBEDDING}: LanguageModelEmbedding.__init__"
+_FORWARD = f"{EMBEDDING}: LanguageModelEmbedding.forward"
+_WORDS = f"{_LAYERS}: VocabParallelEmbedding.forward"
+
+_PADDING_METHOD = '''\
+{old}
+
+def _zero_padding_rows(self, decoder_input: Tensor, padding_slice: slice) -> None:
+    """Zero the embeddings of the padding tokens of a dynamic batch, in place.
+
+    Args:
+        decoder_input (Tensor): The embeddings, [s, b, h], or this rank's [s / tp, b, h].
+        padding_slice (slice): The padding tokens, which end the batch, counted from its start.
+    """
+    rows = decoder_input.shape[0]
+    # Fewer rows than tokens are this rank's part of them, under sequence parallelism.
+    offset = self.tp_group.rank() * rows if rows < padding_slice.stop else 0
+    decoder_input[max(padding_slice.start - offset, 0) : padding_slice.stop - offset] = 0.0'''
+
+PADDING = tuple(
+    Change(
+        places,
+        "decoder_input[inference_context.padding_slice] = 0.0",
+        "self._zero_padding_rows(decoder_input, inference_context.padding_slice)",
+        "self._zero_padding_rows(",
+    )
+    for places in (_DECODER, _HYBRID_DECODER)
+) + (
+    Change(
+        f"{_MODULE}: LanguageModule",
+        "def _is_in_embd_group",
+        _PADDING_METHOD,
+        "def _zero_padding_rows",
+    ),
+)
+
+_SCATTER_EMBEDDINGS = '''\
+{old}
+
+
+def scatter_embeddings(
+    embedding: Callable[..., Tensor],
+    input_ids: Tensor,
+    position_ids: Tensor,
+    config: TransformerConfig,
+    tp_group: Optional[torch.distributed.ProcessGroup] = None,
+) -> Tensor:
+    """Embed tokens for a decoder, which under sequence parallelism gets this rank's part of them.
+
+    An embedding built with scatter_to_sequence_parallel=False returns the whole sequence, since a
+    multimodal model inserts other embeddings before it scatters. A language model that embeds its
+    own tokens has nobody to scatter for it.
+
+    Args:
+        embedding (Callable): The embedding. One without the attribute scatter_to_sequence_parallel
+            is left alone: it returns what the decoder is meant to get.
+        input_ids (Tensor): The token ids, [b, s].
+        position_ids (Tensor): The position ids, [b, s].
+        config (TransformerConfig): The model's config.
+        tp_group (ProcessGroup, optional): The tensor parallel group. Defaults to the global one.
+
+    Returns:
+        Tensor: The embeddings, [s, b, h], or [s / tp, b, h] under sequence parallelism.
+    """
+    if not config.sequence_parallel or getattr(embedding, 'scatter_to_sequence_parallel', True):
+        return embedding(input_ids=input_ids, position_ids=position_ids)
+    tp_size = get_pg_size(get_tensor_model_parallel_group_if_none(tp_group))
+    embeddings = embedding(input_ids=input_ids, position_ids=position_ids)
+    # A wrapper may have scattered already what the embedding inside it returned.
+    if embeddings.shape[0] * tp_size == input_ids.shape[1]:
+        return embeddings
+    _check_length(embeddings.shape[0], tp_size)
+    embeddings = tensor_parallel.scatter_to_sequence_parallel_region(embeddings, group=tp_group)
+    # The scattered part is a view, which keeps the whole sequence from being garbage collected.
+    return embeddings.clone() if config.clone_scatter_output_in_embedding else embeddings
+
+
+def _check_length(length: int, tp_size: int) -> None:
+    if length % tp_size:
+        raise ValueError(
+            f"sequence parallelism cannot scatter a sequence of length {length} over a tensor "
+            f"parallel size of {tp_size}: pad it to a multiple of {tp_size}"
+        )'''
+
+#: Names that the function needs; the second where there are only global process groups, in 0.12.
+GROUPS = (
+    Import(
+        f"{EMBEDDING}:",
+        "megatron.core.utils",
+        ("get_pg_size", "get_tensor_model_parallel_group_if_none"),
+    ),
+    Import(f"{EMBEDDING}:", "megatron.core", ("parallel_state",)),
+)
+
+_EMBED = "decoder_input = {}(input_ids={}, position_ids=position_ids)"
+_SCATTER = "decoder_input = scatter_embeddings({}, {}, position_ids, self.config{{group}})"
+_STEP = f"""\
+# Hidden states of all positions, not scattered, go with the embeddings of all positions.
+if hidden_states.shape[0] == next_token_ids.shape[1]:
+    {{old}}
+else:
+    {_SCATTER.format("embedding", "next_token_ids")}"""
+
+SCATTER = (
+    Import(f"{EMBEDDING}:", "typing", ("Callable", "Optional")),
+    Change(
+        f"{EMBEDDING}:",
+        "class LanguageModelEmbedding",
+        _SCATTER_EMBEDDINGS,
+        "def scatter_embeddings",
+    ),
+    *(
+        Import(
+            places,
+            "megatron.core.models.common.embeddings.language_model_embedding",
+            ("scatter_embeddings",),
+        )
+        for places in (f"{GPT}:", f"{HYBRID}: | {MAMBA}:", f"{MTP}:")
+    ),
+    *(
+        Change(
+            places,
+            f"if self.config.sequence_parallel and not {flag}:",
+            "",
+            "scatter_embeddings(",
+            "maybe",
+        )
+        for places, flag in (
+            (_DECODER, "self.embedding.scatter_to_sequence_parallel"),
+            (_HYBRID_DECODER, "self.embedding.scatter_to_sequence_parallel"),
+            (_MTP_TRAINING, "getattr(embedding, 'scatter_to_sequence_parallel', True)"),
+        )
+    ),
+    *(
+        Change(
+            places,
+            _EMBED.format(embedding, "input_ids"),
+            _SCATTER.format(embedding, "input_ids"),
+            "scatter_embeddings(",
+        )
+        for places, embedding in (
+            (_DECODER, "self.embedding"),
+            (_HYBRID_DECODER, "self.embedding"),
+            (_MTP_TRAINING, "embedding"),
+        )
+    ),
+    Change(
+        _MTP_STEP,
+        _EMBED.format("embedding", "next_token_ids"),
+        _STEP,
+        "scatter_embeddings(",
+        "present",
+    ),
+)
+
+_WITH_SCATTER = """\
+if scatter_to_sequence_parallel is None:
+    scatter = self.scatter_to_sequence_parallel
+    reduce_scatter = self.reduce_scatter_embeddings
+    {old}
+else:
+    scatter = scatter_to_sequence_parallel
+    reduce_scatter = self._reduce_scatters(scatter)
+    word_embeddings = self.word_embeddings(
+        input_ids, reduce_scatter_embeddings=reduce_scatter
+    )"""
+
+_CLONES = """\
+(
+    self.config.clone_scatter_output_in_embedding
+    and scatter
+    and (scatter_to_sequence_parallel is None or not reduce_scatter)
+)"""
+
+_OWN_FORWARD = '''\
+{old}
+
+
+def _runs_own_forward(module: torch.nn.Module, cls: type) -> bool:
+    """Whether a module runs the forward that its class has in this library, not a replacement.
+
+    Classes decide, not what can be set on a module of one rank: the ranks' collectives must match.
+    """
+    return issubclass(type(module), cls) and type(module).forward.__module__ == cls.__module__'''
+
+_REDUCE_SCATTER = """\
+if _runs_own_forward(embedding, LanguageModelEmbedding) and _runs_own_forward(
+    embedding.word_embeddings, tensor_parallel.VocabParallelEmbedding
+):
+    _check_length(input_ids.shape[1], tp_size)
+    return embedding(
+        input_ids=input_ids, position_ids=position_ids, scatter_to_sequence_parallel=True
+    )
+{old}"""
+
+_CONDITIONS = "not self.add_position_embedding and self.num_tokentypes <= 0"
+
+REDUCE_SCATTER = (
+    Change(
+        _WORDS,
+        "self, input_",
+        "{old}, reduce_scatter_embeddings: Optional[bool] = None",
+        "reduce_scatter_embeddings: Optional",
+    ),
+    Change(
+        _WORDS,
+        "input_ (torch.Tensor): Input tensor.",
+        "{old}\nreduce_scatter_embeddings (bool, optional): Whether to reduce-scatter the output.\n"
+        "    Defaults to what the module was built with.",
+        "reduce_scatter_embeddings (bool",
+        "maybe",
+    ),
+    Change(
+        _WORDS,
+        "self.reduce_scatter_embeddings",
+        "reduce_scatter_embeddings",
+        "if reduce_scatter_embeddings:",
+    ),
+    Change(
+        _WORDS,
+        "if reduce_scatter_embeddings:",
+        "if reduce_scatter_embeddings is None:\n"
+        "    reduce_scatter_embeddings = self.reduce_scatter_embeddings\n{old}",
+        "reduce_scatter_embeddings is None",
+    ),
+    Change(
+        _INIT,
+        f"self.reduce_scatter_embeddings = {_CONDITIONS} and self.config.sequence_parallel "
+        "and self.scatter_to_sequence_parallel",
+        "self.reduce_scatter_embeddings = self._reduce_scatters(self.scatter_to_sequence_parallel)",
+        "self._reduce_scatters(",
+    ),
+    Change(
+        f"{EMBEDDING}: LanguageModelEmbedding",
+        "def __init__",
+        "{old}\n\ndef _reduce_scatters(self, scatter: bool) -> bool:\n"
+        '    """Whether the word embeddings are all there is to scatter."""\n'
+        "    return (\n        not self.add_position_embedding\n"
+        "        and self.num_tokentypes <= 0\n        and self.config.sequence_parallel\n"
+        "        and scatter\n    )",
+        "def _reduce_scatters",
+    ),
+    Change(
+        _FORWARD,
+        "self, input_ids: Tensor, position_ids: Tensor, tokentype_ids: int=None",
+        "\n    self,\n    input_ids: Tensor,\n    position_ids: Tensor,\n"
+        "    tokentype_ids: int = None,\n"
+        "    scatter_to_sequence_parallel: Optional[bool] = None,\n",
+        "scatter_to_sequence_parallel: Optional",
+    ),
+    Change(
+        _FORWARD,
+        "set to True. Defaults to None",
+        "{old}\n{outdent}scatter_to_sequence_parallel (bool, optional): Whether to return this "
+        "rank's part of\n{outdent}    the sequence. Defaults to what the module was built with.",
+        "scatter_to_sequence_parallel (bool",
+        "maybe",
+    ),
+    Change(
+        _FORWARD,
+        "self.config.clone_scatter_output_in_embedding and self.scatter_to_sequence_parallel",
+        _CLONES,
+        "is None or",
+    ),
+    Change(
+        _FORWARD,
+        "every self.reduce_scatter_embeddings",
+        "reduce_scatter",
+        "if not reduce_scatter:",
+    ),
+    Change(
+        _FORWARD,
+        "every self.scatter_to_sequence_parallel",
+        "scatter",
+        "not reduce_scatter and scatter",
+    ),
+    Change(
+        _FORWARD,
+        "word_embeddings = self.word_embeddings(input_ids)",
+        _WITH_SCATTER,
+        "self._reduce_scatters(",
+    ),
+    Change(
+        f"{EMBEDDING}: scatter_embeddings",
+        "embeddings = embedding(input_ids=input_ids, position_ids=position_ids)",
+        _REDUCE_SCATTER,
+        "_runs_own_forward(",
+    ),
+    Change(
+        f"{EMBEDDING}:",
+        "def _check_length",
+        _OWN_FORWARD,
+        "def _runs_own_forward",
+    ),
+)
+
+_MTP_TESTS = "tests/unit_tests/transformer/test_multi_token_prediction.py"
+_MOCKED = (
+    f"{_MTP_TESTS}: TestMultiTokenPredictionLayer."
+    "test_get_embeddings_scatters_when_embedding_does_not"
+)
+
+_STEP_TEST = """\
+{old}
+
+# The speculative step embeds by itself, for hidden states that are scattered.
+monkeypatch.setattr(
+    mtp_layer, "_proj_and_transformer_layer", lambda hidden_states, **kwargs: hidden_states
+)
+mtp_layer.forward_single_position(
+    hidden_states=hidden_states[: seq_len // 2],
+    next_token_ids=input_ids,
+    position_ids=position_ids,
+    embedding=embedding,
+)
+assert (len(scattered) == 2) is expect_scatter"""
+
+#: megatron-core's own test of #6256, where a tree has it: it mocks the statement replaced.
+TESTS = (
+    Change(
+        _MOCKED,
+        "monkeypatch.setattr('megatron.core.transformer.multi_token_prediction."
+        "scatter_to_sequence_parallel_region', fake_scatter)",
+        """monkeypatch.setattr(
+    "megatron.core.models.common.embeddings.language_model_embedding."
+    "tensor_parallel.scatter_to_sequence_parallel_region",
+    fake_scatter,
+)
+mtp_layer.tp_group = types.SimpleNamespace(size=lambda: 2)""",
+        "types.SimpleNamespace(size",
+        "present",
+    ),
+    Change(
+        _MOCKED,
+        "assert (len(scattered) == 1) is expect_scatter",
+        _STEP_TEST,
+        "forward_single_position",
+        "present",
+    ),
+)
+
+#: What to write otherwise where a file lacks a word.
+VARIANTS = (
+    (
+        EMBEDDING,
+        "tp_group",
+        (
+            ("    tp_group: Optional[torch.distributed.ProcessGroup] = None,\n", ""),
+            (
+                "        tp_group (ProcessGroup, optional): The tensor parallel group. "
+                "Defaults to the global one.\n",
+                "",
+            ),
+            (
+                "get_pg_size(get_tensor_model_parallel_group_if_none(tp_group))",
+                "parallel_state.get_tensor_model_parallel_world_size()",
+            ),
+            (", group=tp_group", ""),
+        ),
+    ),
+    (
+        GPT,
+        "InferenceMode",  # up to 0.17: an inference context and eval() are the mode
+        (
+            ("from megatron.core.inference.utils import InferenceMode\n", ""),
+            ("with InferenceMode.active(), torch.no_grad():", "with torch.no_grad():"),
+        ),
+    ),
+)

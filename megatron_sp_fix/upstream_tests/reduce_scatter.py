@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tests of the third patch."""
+
+from megatron.core.tensor_parallel import VocabParallelEmbedding, mappings
+
+
+class TestTowerReduceScatters(_TwoRanks):
+    """A model with scatter_embedding_sequence_parallel=False communicates as one without."""
+
+    @staticmethod
+    def _embed(model):
+        batch = _batch()
+        group = parallel_state.get_tensor_model_parallel_group()
+        return scatter_embeddings(
+            model.embedding, batch['input_ids'], batch['position_ids'], model.config, group
+        )
+
+    @staticmethod
+    def _count_collectives(monkeypatch):
+        """Count the tensor parallel group's collectives, from here on."""
+        counts = {}
+        tp_group = parallel_state.get_tensor_model_parallel_group()
+
+        def count(module, name):
+            collective = getattr(module, name)
+
+            def counted(*args, group=None, **kwargs):
+                if group is tp_group:
+                    counts[name] = counts.get(name, 0) + 1
+                return collective(*args, group=group, **kwargs)
+
+            monkeypatch.setattr(module, name, counted)
+
+        count(torch.distributed, 'all_reduce')
+        count(mappings, 'dist_reduce_scatter_func')
+        count(mappings, 'dist_all_gather_func')
+        return counts
+
+    def test_one_reduce_scatter_and_one_all_gather(self, monkeypatch):
+        _, tower = _plain_and_tower()
+        counts = self._count_collectives(monkeypatch)
+        shard = self._embed(tower)
+        assert counts == {'dist_reduce_scatter_func': 1}
+        shard.sum().backward()
+        assert counts == {'dist_reduce_scatter_func': 1, 'dist_all_gather_func': 1}
+
+    @pytest.mark.parametrize('kind', ['gpt', 'hybrid', 'mtp'])
+    @pytest.mark.parametrize('position', ['none', 'learned_absolute'])
+    def test_collectives_of_a_model_that_scatters(self, monkeypatch, kind, position):
+        plain, tower = _plain_and_tower(kind=kind, position=position)
+        counts = self._count_collectives(monkeypatch)
+        _step(plain)
+        expected = dict(counts)
+        counts.clear()
+        _step(tower)
+        assert counts == expected
+
+    @pytest.mark.parametrize('position', ['rope', 'learned_absolute'])
+    def test_dropout_of_a_model_that_scatters(self, position):
+        shards = []
+        for model in _plain_and_tower(position=position, hidden_dropout=0.5):
+            torch.manual_seed(123)
+            model_parallel_cuda_manual_seed(123)
+            shards.append(self._embed(model))
+        assert (shards[0] == 0.0).any()
+        assert torch.equal(*shards)
+
+    @pytest.mark.parametrize('position', ['rope', 'learned_absolute'])
+    @pytest.mark.parametrize('replaced', [VocabParallelEmbedding, LanguageModelEmbedding])
+    def test_forward_that_was_replaced_in_its_class(self, monkeypatch, replaced, position):
+        plain, tower = _plain_and_tower(kind='mtp', position=position)
+        original, calls = replaced.forward, []
+
+        def forward(self, input_ids, *args):
+            calls.append(self)
+            return original(self, input_ids, *args)
+
+        def forward_by_keyword(self, input_ids, position_ids):
+            return forward(self, input_ids, position_ids)
+
+        by_keyword = replaced is LanguageModelEmbedding
+        monkeypatch.setattr(replaced, 'forward', forward_by_keyword if by_keyword else forward)
+        _check_same(plain, tower)
+        assert calls
+
+    def test_hooks_of_one_rank(self):
+        plain, tower = _plain_and_tower()
+        seen = []
+        if parallel_state.get_tensor_model_parallel_rank() == 0:
+            for module in (tower.embedding, tower.embedding.word_embeddings):
+                module.register_forward_hook(lambda module, *_: seen.append(module))
+        _check_same(plain, tower)
+        assert seen in ([], [tower.embedding.word_embeddings, tower.embedding])
+
+    @pytest.mark.parametrize('position', ['rope', 'learned_absolute'])
+    def test_length_is_checked_before_any_collective(self, monkeypatch, position):
+        _, tower = _plain_and_tower(position=position)
+        counts = self._count_collectives(monkeypatch)
+        batch = {name: value[..., : SEQ_LENGTH - 1] for name, value in _batch().items()}
+        with pytest.raises(ValueError, match='length 15 over a tensor parallel size of 2: pad'):
+            tower(**batch)
+        assert not counts

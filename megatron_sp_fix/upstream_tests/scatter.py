@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tests of the second patch."""
+
+from megatron.core import parallel_state
+from megatron.core.models.common.embeddings.language_model_embedding import scatter_embeddings
+from megatron.core.tensor_parallel.mappings import scatter_to_sequence_parallel_region
+from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionLayer
+
+
+class TestTowerThatEmbedsItsOwnTokens(_TwoRanks):
+    """A model with scatter_embedding_sequence_parallel=False computes what one without computes."""
+
+    @pytest.mark.parametrize(
+        'kind, position',
+        [
+            ('gpt', 'rope'),
+            ('gpt', 'learned_absolute'),
+            ('hybrid', 'none'),
+            ('hybrid', 'rope'),
+            ('mtp', 'rope'),
+            ('mtp', 'learned_absolute'),
+        ],
+    )
+    def test_same_as_a_model_that_scatters(self, kind, position):
+        _check_same(*_plain_and_tower(kind=kind, position=position))
+
+    @pytest.mark.parametrize('kind', ['gpt', 'mtp'])
+    def test_wrapper_that_scatters_is_not_scattered_again(self, kind):
+        plain, tower = _plain_and_tower(kind=kind)
+        embedding = tower.embedding
+
+        def wrapper(input_ids, position_ids):
+            return scatter_to_sequence_parallel_region(embedding(input_ids, position_ids)).clone()
+
+        wrapper.scatter_to_sequence_parallel = False
+        tower.__dict__['embedding'] = wrapper
+        _check_same(plain, tower)
+
+    def test_subclass_with_its_own_forward(self):
+        class Scaled(LanguageModelEmbedding):
+            def forward(self, input_ids, position_ids, tokentype_ids=None):
+                return super().forward(input_ids, position_ids, tokentype_ids) * 3.0
+
+        plain, tower = _plain_and_tower()
+        plain.embedding.__class__ = tower.embedding.__class__ = Scaled
+        _check_same(plain, tower)
+
+    @pytest.mark.skipif(
+        not hasattr(MultiTokenPredictionLayer, 'forward_single_position'),
+        reason='has no speculative step',
+    )
+    @pytest.mark.parametrize('scattered', [True, False])
+    def test_speculative_step(self, scattered):
+        _, tower = _plain_and_tower(kind='mtp')
+        batch = _batch()
+        ids = batch['input_ids'], batch['position_ids']
+        expected = tower.embedding(*ids)
+        if scattered:
+            rank = parallel_state.get_tensor_model_parallel_rank()
+            expected = expected.chunk(TP_SIZE)[rank]
+        layer, seen = tower.mtp.layers[0], {}
+
+        def project(**kwargs):
+            seen.update(kwargs)
+            return kwargs['hidden_states']
+
+        layer._proj_and_transformer_layer = project
+        layer.forward_single_position(
+            hidden_states=torch.zeros_like(expected),
+            next_token_ids=ids[0],
+            position_ids=ids[1],
+            embedding=tower.embedding,
+        )
+        assert torch.equal(seen['decoder_input'], expected)
+
+    def test_outer_model_gets_the_whole_sequence(self):
+        _, tower = _plain_and_tower()
+        batch = _batch()
+        for _ in range(2):
+            whole = tower.embedding(batch['input_ids'], batch['position_ids'])
+            assert whole.shape == (SEQ_LENGTH, BATCH_SIZE, HIDDEN_SIZE)
+            tower(**batch)
+
+    @pytest.mark.parametrize('clone', [True, False])
+    def test_honours_clone_scatter_output_in_embedding(self, clone):
+        _, tower = _plain_and_tower(
+            position='learned_absolute', clone_scatter_output_in_embedding=clone
+        )
+        shard = _step(tower)[2][0]
+        owned = shard.untyped_storage().nbytes() == shard.numel() * shard.element_size()
+        assert owned is clone
+
+    def test_length_that_tensor_parallelism_does_not_divide(self):
+        _, tower = _plain_and_tower()
+        batch = {name: value[..., : SEQ_LENGTH - 1] for name, value in _batch().items()}
+        with pytest.raises(ValueError, match='length 15 over a tensor parallel size of 2: pad'):
+            tower(**batch)
+
+    def test_rows_that_an_embedding_adds_are_scattered(self):
+        embeddings = torch.randn(SEQ_LENGTH + TP_SIZE, BATCH_SIZE, HIDDEN_SIZE).cuda()
+
+        def soft_prompt(input_ids, position_ids):
+            return embeddings
+
+        batch, config = _batch(), _language_model(False).config
+        arguments = batch['input_ids'], batch['position_ids'], config
+        # Without the attribute, it is left alone.
+        assert scatter_embeddings(soft_prompt, *arguments) is embeddings
+        soft_prompt.scatter_to_sequence_parallel = False
+        rank = parallel_state.get_tensor_model_parallel_rank()
+        part = embeddings.chunk(TP_SIZE)[rank]
+        assert torch.equal(scatter_embeddings(soft_prompt, *arguments), part)
