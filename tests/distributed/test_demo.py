@@ -75,10 +75,12 @@ def test_ranks_that_do_not_answer_and_that_died():
         after = ranks.run(os.getpid)
         assert not {*before} & {*after}, "not started anew"
         # The one that waits for it is not given the whole time.
-        with pytest.raises(RankError, match=r"(?s)^rank 0: no answer.*^rank 1: KeyError: 'on one'"):
+        with pytest.raises(
+            RankError, match=r"(?ms)^rank 0: no answer.*^rank 1: KeyError: 'on one'"
+        ):
             ranks.run(fails_on_one, timeout=3600)
         psutil.Process(ranks.run(os.getpid)[1]).kill()
-        with pytest.raises(RankError, match="^rank 1: the process died; out of memory"):
+        with pytest.raises(RankError, match=r"^rank 1: the process died; out of memory"):
             ranks.run(torch.distributed.get_rank)
         assert ranks.run(torch.distributed.get_rank) == [0, 1]
 
