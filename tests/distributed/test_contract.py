@@ -335,8 +335,8 @@ ON_ONE_RANK = {
         model.embedding.word_embeddings.register_forward_pre_hook(lambda *_: None)
     ),
     "attribute": lambda model: setattr(model.embedding, "calls", 0),
-    "backward hook": lambda model: (
-        model.embedding.word_embeddings.register_full_backward_hook(lambda *_: None)
+    "backward hook": lambda model: model.embedding.word_embeddings.register_full_backward_hook(
+        lambda *_: None
     ),
 }
 
@@ -399,7 +399,9 @@ def test_rule_5_outer_model_sees_no_change(kind, where):
                 out = models.step(model, data)
         assert torch.equal(tower.embedding(**ids), full)
     assert changed[0] == changed[1]
-    assert not any("embedding" in name or attribute == "embedding" for name, attribute in changed[1])
+    assert not any(
+        "embedding" in name or attribute == "embedding" for name, attribute in changed[1]
+    )
     assert torch.equal(tower.embedding(**ids), full)
     check_shard(out["shard"], LENGTH)
 
@@ -505,7 +507,9 @@ def test_rule_7_replaced_for_the_class(kind, name, when):
     expected = models.step(plain, data)
     cls, forward = CLASS_WIDE[name]
     with contextlib.ExitStack() as stack:
-        for context in (common.instead(cls, forward=forward), fix())[:: 1 if when == "before" else -1]:
+        for context in (common.instead(cls, forward=forward), fix())[
+            :: 1 if when == "before" else -1
+        ]:
             stack.enter_context(context)
         actual = models.step(tower, data)
     check_same(expected, actual)
@@ -702,9 +706,7 @@ def test_rule_8_token_types():
             num_tokentypes=2,
             scatter_to_sequence_parallel=real.scatter_to_sequence_parallel,
         ).to(data_device())
-        model.embedding.load_state_dict(
-            {**model.embedding.state_dict(), **real.state_dict()}
-        )
+        model.embedding.load_state_dict({**model.embedding.state_dict(), **real.state_dict()})
 
     def use(embedding, ids, positions):
         return embedding(ids, positions, tokentype_ids=ids % 2)
@@ -1081,7 +1083,9 @@ def test_rule_9_modelopt_quantizers():
     with fix():
         for model in models.pair("gpt"):
             quantization.quantize(
-                model, quantization.INT8_DEFAULT_CFG, lambda quantized: models.forward(quantized, data)
+                model,
+                quantization.INT8_DEFAULT_CFG,
+                lambda quantized: models.forward(quantized, data),
             )
             amax = {name: value for name, value in model.named_buffers() if "amax" in name}
             results.append({**models.step(model, data), **amax})
