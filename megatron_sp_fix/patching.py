@@ -137,7 +137,7 @@ def _apply(also: Iterable[Union[type, str]]) -> list[_Key]:
             module = importlib.import_module(row.site.module)
         except ImportError:  # as 0.12's MambaModel without Transformer Engine: nobody can use it
             continue
-        targets.append((_class(module, row.site.cls), row))
+        targets.append((_class(module, row.site.cls, row.site.method), row))
     targets += [_also(name) for name in (*also, *_eagle())]
     _removed = False
     return _replace(targets)
@@ -148,7 +148,8 @@ def apply_to(module: str, also: Iterable[str] = ()) -> tuple[str, ...]:
     if _removed:
         return ()
     found = [row for row in supported(installed_root())[0] if row.site.module == module]
-    targets = [(_class(sys.modules[module], row.site.cls), row) for row in found]
+    core = sys.modules[module]
+    targets = [(_class(core, row.site.cls, row.site.method), row) for row in found]
     targets += [_also(name) for name in (*also, *_eagle()) if name.split(":")[0] == module]
     return tuple(map(_name, _replace(targets)))
 
@@ -183,14 +184,14 @@ def status() -> Status:
     root = installed_root()
     rows = []
     for site, native, _ in supported(root)[0]:
-        cls = getattr(sys.modules.get(site.module), site.cls, None)
-        current = vars(cls).get(site.method) if isinstance(cls, type) else None
         state, by = "not imported", ""
         if native == "this fix":
             state = native
-        elif isinstance(cls, type):
+        elif cls := _owner(sys.modules.get(site.module), site.cls, site.method):
+            current = vars(cls)[site.method]
             state = _state(current, _patches.get((cls, site.method)))
-            home = getattr(current, "__globals__", {}).get("__name__", type(current).__module__)
+            plain = type(current) is FunctionType  # other objects may forward `__globals__`
+            home = current.__globals__["__name__"] if plain else type(current).__module__
             by = {site.module: "", __name__: "megatron_sp_fix"}.get(home, home)
         rows.append(SiteStatus(site.name, native, state, by))
     return Status(".".join(map(str, version(root))), str(root), tuple(rows))
@@ -215,12 +216,18 @@ def _state(current: Any, patch: Optional[_Patch]) -> str:
     return "cannot tell"
 
 
-def _class(module: ModuleType, name: str) -> type:
-    cls = getattr(module, name, None)
-    if not isinstance(cls, type):
+def _owner(module: Any, name: str, method: str) -> Optional[type]:
+    """The class of that name in a module, or the one of its bases that has the method."""
+    classes = getattr(getattr(module, name, None), "__mro__", ())
+    return next((cls for cls in classes if method in vars(cls)), None)
+
+
+def _class(module: ModuleType, name: str, method: str = "__module__") -> type:
+    cls = _owner(module, name, method)
+    if cls is None:
         raise UnsupportedMegatronError(
-            f"{module.__name__} has no class {name}: it is a stub, or is being imported just now "
-            "(apply() has to be called before or after that)"
+            f"{module.__name__} has no class {name} with that method: it is a stub, or is being "
+            "imported just now (apply() has to be called before or after that)"
         )
     return cls
 
