@@ -45,7 +45,7 @@ def fixed(tower: Any) -> Iterator[Any]:
 
     native = None
     for site in megatron_sp_fix.status().sites:
-        if site.name == "GPTModel._preprocess" and site.native == "native":
+        if site.name == "GPTModel._preprocess" and site.native == "own scatter":
             native = copy.copy(tower)
             own = {"_preprocess": type(tower).__dict__["_preprocess"]}
             native.__class__ = type("Native", (type(tower),), own)

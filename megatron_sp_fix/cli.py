@@ -57,6 +57,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         sys.stdout.flush()
     except (UnsupportedMegatronError, launch.StartupError) as error:
         return _say(error)
+    except ValueError as error:
+        arguments.parser.error(str(error))
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # nor is there anybody to read what is flushed at the end
@@ -127,10 +129,7 @@ def _demo(arguments: argparse.Namespace) -> int:
     """Show the bug and the fix on real ranks of this machine."""
     from .demo import demo
 
-    try:
-        return demo(arguments.tp, arguments.json)
-    except ValueError as error:
-        arguments.parser.error(str(error))
+    return demo(arguments.tp, arguments.json)
 
 
 def _audit(arguments: argparse.Namespace) -> int:

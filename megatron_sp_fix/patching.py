@@ -30,6 +30,7 @@ class _Patch:
 
     def __init__(self, original: Any, found: Found) -> None:
         self.original, self.found, self.active = original, found, True
+        self.fix: Any = None
 
         def replacement(owner: Any, *args: Any, **kwargs: Any) -> Any:
             return (self._sharded if self.active else self._call)(owner, args, kwargs)
@@ -38,22 +39,23 @@ class _Patch:
 
     def _sharded(self, owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call the original with an embedding that returns shards, where it needs one."""
-        # Not before, since the hook runs while megatron-core is half loaded.
-        from .embedding import needs_shard, sharding, sharding_rows
+        if self.fix is None:  # not before, since the hook runs while megatron-core is half loaded
+            from . import embedding as fix
 
+            self.fix = fix
         if self.found.site.embeds == "self.embedding":
             given = self._argument("decoder_input", args, kwargs) is not None
-            if given or not needs_shard(owner, getattr(owner, "embedding", None)):
+            if given or not self.fix.needs_shard(owner, getattr(owner, "embedding", None)):
                 return self._call(owner, args, kwargs)
             context = self._argument("inference_context", args, kwargs)
             if context is None:
                 context = kwargs.get("inference_params")  # its old name, by keyword alone
             call = partial(self._call, owner, args, kwargs)
-            return sharding(owner, call, context, self.found.native != "own scatter")
+            return self.fix.sharding(owner, call, context, self.found.native != "own scatter")
         embedding = self._argument("embedding", args, kwargs)
         hidden_states = self._argument("hidden_states", args, kwargs)
         if embedding is not None and hidden_states is not None:
-            embedding = sharding_rows(owner, embedding, hidden_states)
+            embedding = self.fix.sharding_rows(owner, embedding, hidden_states)
             at = self.found.parameters.index("embedding")
             if at < len(args):
                 args = (*args[:at], embedding, *args[at + 1 :])

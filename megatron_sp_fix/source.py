@@ -23,8 +23,15 @@ from .upstream_tests.core import Change, Import
 __all__ = ["diff", "mail", "signer"]
 
 _TEXTS = Path(__file__).parent / "upstream_tests"
-_TESTS = "tests/unit_tests/models/test_base_embedding.py"
 _WIDTH = 100
+#: The files that are read, of which a tree has some.
+PATHS = sorted(
+    {core.EMBEDDING_TESTS}.union(
+        place.split(":")[0]
+        for change in (*core.PADDING, *core.SCATTER, *core.REDUCE_SCATTER, *core.TESTS)
+        for place in change.places.split(" | ")
+    )
+)
 _Files = dict[str, str]
 _Span = tuple[tuple[int, int], tuple[int, int]]
 
@@ -106,14 +113,9 @@ class _Step(NamedTuple):
 def _series(root: Path) -> list[_Step]:
     release = version(root)
     if release[:2] < OLDEST:
-        raise UnsupportedMegatronError(
-            f"megatron-core {'.'.join(map(str, release))} at {root} is too old: the oldest "
-            f"supported is {'.'.join(map(str, OLDEST))}"
-        )
-    everything = (*core.PADDING, *core.SCATTER, *core.REDUCE_SCATTER, *core.TESTS)
-    places = [place for change in everything for place in change.places.split(" | ")]
-    paths = dict.fromkeys([place.split(":")[0] for place in places] + [_TESTS])
-    files = {path: _read(root, path) for path in paths if (root / path).is_file()}
+        found, oldest = (".".join(map(str, numbers)) for numbers in (release, OLDEST))
+        raise UnsupportedMegatronError(f"megatron-core {found} at {root} is older than {oldest}")
+    files = {path: _read(root, path) for path in PATHS if (root / path).is_file()}
     groups = core.GROUPS[0] if "tp_group" in files.get(core.EMBEDDING, "") else core.GROUPS[1]
     padded = any("padding_slice" in text for text in files.values())
     steps = []
@@ -128,9 +130,13 @@ def _series(root: Path) -> list[_Step]:
                 _apply(files, change)
             except UnsupportedMegatronError as error:
                 raise UnsupportedMegatronError(f"{root}: {error}") from None
-        if changes and _TESTS in files:
-            for part in ("ranks", name):
-                _add_tests(files, part)
+        for part in ("ranks", name) if changes and core.EMBEDDING_TESTS in files else ():
+            _add_tests(files, part)
+        for path, text in files.items():
+            if name == "scatter" and re.search(core.SCATTERED_AGAIN, text):
+                raise UnsupportedMegatronError(
+                    f"{root / path}: a statement unknown to megatron-core scatters decoder_input"
+                )
         steps.append(_Step(name, before, files))
     return steps
 
@@ -201,9 +207,9 @@ def _spans(scope: ast.AST, find: str, lines: list[str]) -> set[_Span]:
                 if _key(text) == key:
                     spans.add(((number, len(text) - len(text.lstrip())), (number, len(text))))
         if _key(_label(node)) == key:
-            parts = [part for part in ast.walk(node) if hasattr(part, "end_col_offset")]
+            parts = [p for p in ast.walk(node) if isinstance(p, (ast.stmt, ast.expr, ast.arg))]
             first = min((part.lineno, part.col_offset) for part in parts)
-            last = max((part.end_lineno, part.end_col_offset) for part in parts)
+            last = max((part.end_lineno or 0, part.end_col_offset or 0) for part in parts)
             spans.add((_characters(first, lines), _characters(last, lines)))
     return spans
 
@@ -283,7 +289,7 @@ def _add_tests(files: _Files, part: str) -> None:
     body = _parse(source).body
     imports = [node for node in body if isinstance(node, ast.ImportFrom)]
     definition = next(node for node in body if isinstance(node, (ast.ClassDef, ast.FunctionDef)))
-    text = files[_TESTS]
+    text = files[core.EMBEDDING_TESTS]
     if _scope(text, definition.name) is not None:
         return
     for node in imports:
@@ -292,7 +298,7 @@ def _add_tests(files: _Files, part: str) -> None:
     end = _end(_lines(text))
     rows = _lines(source)[imports[-1].end_lineno or 0 :]
     text += "" if text.endswith("\n") else end
-    files[_TESTS] = text + "".join(rows).replace("\n", end)
+    files[core.EMBEDDING_TESTS] = text + "".join(rows).replace("\n", end)
 
 
 def _variant(files: _Files, text: str) -> str:

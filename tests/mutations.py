@@ -27,8 +27,8 @@ _MODULE = f"{_CORE}/models/common/language_module/language_module.py"
 _EMBEDDING_TESTS = "tests/unit_tests/models/test_base_embedding.py"
 _MTP_TESTS = "tests/unit_tests/transformer/test_multi_token_prediction.py"
 
-_CALL = r"scatter_embeddings\(\s*{}, (\w+), position_ids, [^)]*\)"
-_PLAIN = r"{}(input_ids=\1, position_ids=position_ids)"
+_SCATTERS = r"scatter_embeddings\(\s*([\w.]+), (input_ids|next_token_ids), position_ids, [^)]*\)"
+_EMBEDS = r"\1(input_ids=\2, position_ids=position_ids)"
 _NEVER = r"if False and _runs_own_forward(embedding, LanguageModelEmbedding)"
 
 _ADDED_TO_MTP = "test_get_embeddings_scatters_when_embedding_does_not"
@@ -45,73 +45,34 @@ class Mutation(NamedTuple):
 
 
 MUTATIONS = (
-    Mutation("padding: no offset of the rank", _MODULE, r"offset = self\.tp_group.*", "offset = 0"),
+    Mutation("padding: without the rank's offset", _MODULE, r"offset = self\.tp_.*", "offset = 0"),
+    Mutation("GPT does not scatter", _GPT, _SCATTERS, _EMBEDS),
+    Mutation("hybrid does not scatter", _HYBRID, _SCATTERS, _EMBEDS),
     Mutation(
-        "GPT does not scatter",
-        _GPT,
-        _CALL.format(r"self\.embedding"),
-        _PLAIN.format("self.embedding"),
+        "MTP does not scatter in training", _MTP, _SCATTERS.replace("|next_token_ids", ""), _EMBEDS
     ),
     Mutation(
-        "hybrid does not scatter",
-        _HYBRID,
-        _CALL.format(r"self\.embedding"),
-        _PLAIN.format("self.embedding"),
+        "MTP does not scatter in its step", _MTP, _SCATTERS.replace("input_ids|", ""), _EMBEDS
     ),
     Mutation(
-        "MTP training does not scatter", _MTP, _CALL.format("embedding"), _PLAIN.format("embedding")
+        "MTP's step always scatters", _MTP, r"if hidden_states\.shape\[0\] == .*:", "if False:"
     ),
+    Mutation("scatters twice", _EMBEDDING, r"if embeddings\.shape\[0\] \* tp_size .*", "if False:"),
     Mutation(
-        "MTP's speculative step does not scatter",
-        _MTP,
-        r"scatter_embeddings\(\s*embedding, next_token_ids, position_ids, [^)]*\)",
-        "embedding(input_ids=next_token_ids, position_ids=position_ids)",
-    ),
-    Mutation(
-        "MTP's speculative step scatters for all hidden states",
-        _MTP,
-        r"if hidden_states\.shape\[0\] == next_token_ids\.shape\[1\]:",
-        "if False:",
-    ),
-    Mutation(
-        "scattered twice", _EMBEDDING, r"if embeddings\.shape\[0\] \* tp_size == .*", "if False:"
-    ),
-    Mutation(
-        "scattered twice, after the reduce-scatter",
+        "scatters twice, after a reduce-scatter",
         _EMBEDDING,
         r"return embedding\(\s*(input_ids=.*, scatter_to_sequence_parallel=True)\s*\)",
         r"return tensor_parallel.scatter_to_sequence_parallel_region(embedding(\1))",
     ),
-    Mutation("the part is a view", _EMBEDDING, r"embeddings\.clone\(\) if config.*", "embeddings"),
-    Mutation(
-        "the part is a view, with learned positions",
-        _EMBEDDING,
-        r"is None or not reduce_scatter\)",
-        "is None)",
-    ),
-    Mutation(
-        "always cloned",
-        _EMBEDDING,
-        r"if config\.clone_scatter_output_in_embedding else embeddings",
-        "",
-    ),
-    Mutation(
-        "all-reduce and split", _EMBEDDING, r"if _runs_own_forward\(embedding, Lang\w+\)", _NEVER
-    ),
-    Mutation(
-        "replaced forwards get the argument",
-        _EMBEDDING,
-        r" and type\(module\)\.forward\.__module__ == cls\.__module__",
-        "",
-    ),
+    Mutation("a view", _EMBEDDING, r"embeddings\.clone\(\) if config.*", "embeddings"),
+    Mutation("a view, of a stock embedding", _EMBEDDING, r"None or not reduce_scatter", "None"),
+    Mutation("always clones", _EMBEDDING, r" if config\.clone_.* else embeddings", ""),
+    Mutation("always clones a stock embedding's", _EMBEDDING, r"self\.config\.clone_\w+", "True"),
+    Mutation("all-reduce and split", _EMBEDDING, r"    if (_runs_own.*)", r"    if False and \1"),
+    Mutation("replaced forwards get the argument", _EMBEDDING, r" and .*__module__$", ""),
     Mutation("no check of the length", _EMBEDDING, r"if length % tp_size:", "if False:"),
-    Mutation("length checked too late", _EMBEDDING, r"_check_length\(input_ids.*", "pass"),
-    Mutation(
-        "a function is scattered",
-        _EMBEDDING,
-        r"'scatter_to_sequence_parallel', True\)",
-        "'scatter_to_sequence_parallel', False)",
-    ),
+    Mutation("checks the length too late", _EMBEDDING, r"_check_length\(input_ids.*", "pass"),
+    Mutation("scatters for functions", _EMBEDDING, r"_parallel', True\)", "_parallel', False)"),
 )
 
 
@@ -186,27 +147,27 @@ def main() -> int:
             shutil.copytree(arguments.checkout / part, tree / part)
         patch = source.diff(tree)
         subprocess.run(["git", "apply"], cwd=tree, input=patch, text=True, check=True)
-        failed, passed, output = _failures(tree)
-        print(f"without a mistake: {failed} failed, {passed} passed")
-        if failed or not passed:
+        failed, total, output = _failures(tree)
+        print(f"without a mistake: {failed} failed, {total} passed")
+        if failed or not total:
             print(output)
             return 1
         print("\n| mistake | tests that fail |\n|---|---|")
         unnoticed = 0
         for mutation in MUTATIONS:
             path = tree / mutation.path
-            text = path.read_text()
-            wrong, count = re.subn(mutation.pattern, mutation.replacement, text)
-            if arguments.only not in mutation.name or not path.exists():
+            text = path.read_text() if path.exists() else ""
+            wrong, count = re.subn(mutation.pattern, mutation.replacement, text, flags=re.M)
+            if arguments.only not in mutation.name:
                 continue
             if not count:
                 print(f"| {mutation.name} | not in this tree |")
                 continue
             path.write_text(wrong)
-            failed, passed, output = _failures(tree)
+            failed, _, _ = _failures(tree)
             path.write_text(text)
             unnoticed += not failed
-            print(f"| {mutation.name} | {failed or 'NONE'} of {failed + passed} |", flush=True)
+            print(f"| {mutation.name} | {failed or 'NONE'} of {total} |", flush=True)
     return int(bool(unnoticed))
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the source form changes in megatron-core, patch by patch: data, which `source.py` applies."""
+"""What the source form changes in megatron-core, patch by patch: data for `source.py`."""
 
-from typing import NamedTuple
+from typing import NamedTuple, Union
 
 GPT = "megatron/core/models/gpt/gpt_model.py"
 HYBRID = "megatron/core/models/hybrid/hybrid_model.py"
@@ -10,6 +10,7 @@ MTP = "megatron/core/transformer/multi_token_prediction.py"
 _MODULE = "megatron/core/models/common/language_module/language_module.py"
 _LAYERS = "megatron/core/tensor_parallel/layers.py"
 EMBEDDING = "megatron/core/models/common/embeddings/language_model_embedding.py"
+EMBEDDING_TESTS = "tests/unit_tests/models/test_base_embedding.py"
 
 
 class Change(NamedTuple):
@@ -45,10 +46,12 @@ class Import(NamedTuple):
 
 
 _DECODER = f"{GPT}: GPTModel._preprocess | {GPT}: GPTModel.forward"  # forward in 0.12
-_HYBRID_DECODER = f"{HYBRID}: HybridModel.forward | {MAMBA}: MambaModel.forward"
+_HYBRID_DECODER = (  # _preprocess in pull requests 4798 and 4942
+    f"{HYBRID}: HybridModel._preprocess | {HYBRID}: HybridModel.forward | "
+    f"{MAMBA}: MambaModel.forward"
+)
 _MTP_TRAINING = (  # the block's in 0.12 and 0.13
-    f"{MTP}: MultiTokenPredictionLayer._get_embeddings | "
-    f"{MTP}: MultiTokenPredictionBlock.forward"
+    f"{MTP}: MultiTokenPredictionLayer._get_embeddings | {MTP}: MultiTokenPredictionBlock.forward"
 )
 _MTP_STEP = f"{MTP}: MultiTokenPredictionLayer.forward_single_position"  # 0.17 on
 _INIT = f"{EMBEDDING}: LanguageModelEmbedding.__init__"
@@ -70,15 +73,16 @@ def _zero_padding_rows(self, decoder_input: Tensor, padding_slice: slice) -> Non
     offset = self.tp_group.rank() * rows if rows < padding_slice.stop else 0
     decoder_input[max(padding_slice.start - offset, 0) : padding_slice.stop - offset] = 0.0'''
 
-PADDING = tuple(
-    Change(
-        places,
-        "decoder_input[inference_context.padding_slice] = 0.0",
-        "self._zero_padding_rows(decoder_input, inference_context.padding_slice)",
-        "self._zero_padding_rows(",
-    )
-    for places in (_DECODER, _HYBRID_DECODER)
-) + (
+PADDING: tuple[Change, ...] = (
+    *(
+        Change(
+            places,
+            "decoder_input[inference_context.padding_slice] = 0.0",
+            "self._zero_padding_rows(decoder_input, inference_context.padding_slice)",
+            "self._zero_padding_rows(",
+        )
+        for places in (_DECODER, _HYBRID_DECODER)
+    ),
     Change(
         f"{_MODULE}: LanguageModule",
         "def _is_in_embd_group",
@@ -154,7 +158,7 @@ if hidden_states.shape[0] == next_token_ids.shape[1]:
 else:
     {_SCATTER.format("embedding", "next_token_ids")}"""
 
-SCATTER = (
+SCATTER: tuple[Union[Change, Import], ...] = (
     Import(f"{EMBEDDING}:", "typing", ("Callable", "Optional")),
     Change(
         f"{EMBEDDING}:",
@@ -205,6 +209,9 @@ SCATTER = (
         "present",
     ),
 )
+
+#: What must not be left: a scatter of what the function has scattered.
+SCATTERED_AGAIN = r"decoder_input = [\w.]*scatter_to_sequence_parallel_region\(\s*decoder_input"
 
 _WITH_SCATTER = """\
 if scatter_to_sequence_parallel is None:
@@ -316,10 +323,7 @@ REDUCE_SCATTER = (
         "is None or",
     ),
     Change(
-        _FORWARD,
-        "every self.reduce_scatter_embeddings",
-        "reduce_scatter",
-        "if not reduce_scatter:",
+        _FORWARD, "every self.reduce_scatter_embeddings", "reduce_scatter", "if not reduce_scatter:"
     ),
     Change(
         _FORWARD,
@@ -339,12 +343,7 @@ REDUCE_SCATTER = (
         _REDUCE_SCATTER,
         "_runs_own_forward(",
     ),
-    Change(
-        f"{EMBEDDING}:",
-        "def _check_length",
-        _OWN_FORWARD,
-        "def _runs_own_forward",
-    ),
+    Change(f"{EMBEDDING}:", "def _check_length", _OWN_FORWARD, "def _runs_own_forward"),
 )
 
 _MTP_TESTS = "tests/unit_tests/transformer/test_multi_token_prediction.py"

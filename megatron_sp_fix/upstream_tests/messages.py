@@ -13,59 +13,81 @@ _SUBJECTS = {
 }
 
 _PADDING = """\
-With quantization scales, {models} zero the embeddings of a dynamic
-batch's padding tokens, so that these do not count in amax. padding_slice counts
-from the start of the batch. Under sequence parallelism a rank has s / tp rows
-of it, so every rank but the first keeps padding rows that are not zero.
+With quantization scales, {models} zero the embeddings of
+a dynamic batch's padding tokens, so that these do not count in amax.
+padding_slice counts from the start of the batch. Under sequence parallelism a
+rank has s / tp rows of it, so every rank but the first keeps padding rows that
+are not zero.
 
 LanguageModule gets a method that takes the rank's offset into account, and both
 models call it. Where a rank has all rows, nothing changes.
-
-The new test fails on the second rank without the change.
-"""
+{tests}"""
 
 _SCATTER = """\
-An embedding built with scatter_embedding_sequence_parallel=False returns all
-rows, [s, b, h], because the multimodal model around the language model inserts
-other embeddings before it scatters. When the language model embeds its own
-tokens (distillation, quantization, text-only training), its decoder must get
+An embedding built with scatter_to_sequence_parallel=False returns all rows,
+[s, b, h], because the multimodal model around the language model inserts other
+embeddings before it scatters. When the language model embeds its own tokens
+(distillation, quantization, text-only training), its decoder must get
 [s / tp, b, h].
-
 {today}
-
-scatter_embeddings, beside LanguageModelEmbedding, embeds for a decoder and
-scatters where the embedding does not. {callers} call it.
+scatter_embeddings, beside LanguageModelEmbedding, embeds for a decoder, and
+scatters where the embedding does not. {models} and
+multi-token prediction call it.
 - The scattered part is cloned as clone_scatter_output_in_embedding says. A view
   keeps all rows until backward.
-- Rows that are s / tp already, from a wrapper that scatters, are left as they
-  are.
+- Rows that are s / tp already, from a wrapper that scatters, are not scattered
+  again.
 - An embedding without the attribute scatter_to_sequence_parallel (a function)
-  is left alone{flagless}.
+  is left alone.
 - A length that the tensor parallel size does not divide raises a ValueError
-  that says so.{full_step}
-
+  that says so.
+{changes}
 A multimodal model sees no change: its own calls of the embedding return all
 rows. Padding masks are not touched.
+{tests}"""
 
-The new tests run on two ranks and compare loss, gradients and the decoder's
-input, bitwise, with those of a model that scatters. They fail if any of the
-call sites does not scatter, if the part is a view, or if it is scattered
-twice.{mocked}
+_FLAGLESS = """\
+- For an embedding without the attribute, {models} raise an
+  AttributeError today.
+"""
+
+_STEP = """\
+- In the speculative step, hidden states of all rows go with embeddings of all
+  rows, and those of s / tp rows with s / tp.
+"""
+
+_TESTS = {
+    "padding": "The new test fails on the second rank without the change.\n",
+    "scatter": """\
+The new tests run on two ranks and compare loss, gradients and what the decoder
+and the MTP layer are given, bitwise, with a model that scatters. They fail if
+{sites} does not scatter, if the
+part is a view, or if it is scattered twice.
+""",
+    "reduce_scatter": """\
+The new tests count the collectives of the tensor parallel group, and fail if
+the embeddings are all-reduced.
+""",
+}
+
+_MOCKED = """
+The test of the scatter in _get_embeddings keeps its cases. Its mock moves to
+where the scatter is, with a group of two, and it gains the speculative step.
 """
 
 _REDUCE_SCATTER = """\
 For the decoder of a model built with scatter_embedding_sequence_parallel=False,
 the word embeddings are all-reduced and then split. A model whose embedding
-scatters pays one reduce-scatter, which sends half as much, and never holds the
-sum of all rows.
+scatters pays one reduce-scatter, which sends half as much and holds no sum of
+all rows.
 
 LanguageModelEmbedding.forward and VocabParallelEmbedding.forward take an
 optional argument that overrides, for one call, what they were built with.
 scatter_embeddings uses it where both modules run the forward of their own
-class. A subclass's forward, or one that replaces the class's, does not get the
-argument, and its output is scattered as before. Classes decide this, since the
-collectives of all ranks must match. An instance's own forward gets the
-argument, and has to take it.
+class. A subclass's forward, or one put in the place of the class's, does not
+get the argument, and its output is scattered as before. Classes decide this,
+since the collectives of all ranks must match. A forward set on an instance gets
+the argument, and has to take it.
 
 With the argument, the embedding does what it does in a model that scatters:
 dropout acts on this rank's rows, learned positions are added before a scatter
@@ -73,10 +95,7 @@ that is cloned, and hooks on either module see this rank's rows. The output of a
 reduce-scatter is not a view, and is not cloned. A length that the tensor
 parallel size does not divide is refused before any collective. Without the
 argument nothing changes.
-
-The new tests count the collectives of the tensor parallel group, and fail if
-the embeddings are all-reduced.
-"""
+{tests}"""
 
 
 def message(name: str, files: dict[str, str]) -> tuple[str, str]:
@@ -89,38 +108,29 @@ def message(name: str, files: dict[str, str]) -> tuple[str, str]:
     Returns:
         tuple[str, str]: the subject; the text, which ends with a newline.
     """
-    hybrid = "HybridModel" if core.HYBRID in files else "MambaModel"
-    models = f"GPTModel and {hybrid}"
-    decoder = "not self.embedding.scatter_to_sequence_parallel" in files[core.GPT]
+    models = f"GPTModel and {'HybridModel' if core.HYBRID in files else 'MambaModel'}"
+    decoders = "not self.embedding.scatter_to_sequence_parallel" in files[core.GPT]
     training = 'embedding, "scatter_to_sequence_parallel", True' in files[core.MTP]
     step = "def forward_single_position" in files[core.MTP]
-    today = [
-        f"{models} do this themselves, each in its forward."
-        if decoder
-        else f"{models} do not scatter: their decoder runs on all rows on every rank.",
-        "Multi-token prediction does it in training"
-        if training
-        else "Multi-token prediction does not scatter in training",
-    ]
+    today, changes = "", ""
+    if decoders:
+        today = f"\nToday {models} scatter by themselves, and keep a view.\n"
+        changes += _FLAGLESS.format(models=models)
+    else:
+        today = f"\nToday {models} do not, and run on all rows on every rank.\n"
+    if training:
+        today += "Multi-token prediction does so in training, and keeps a view.\n"
+    else:
+        today += "Multi-token prediction does not scatter in training.\n"
     if step:
-        today[1] += ", but not in the speculative step" if training else " or speculative decoding"
-    callers = [models, "multi-token prediction"]
-    texts = {
-        "padding": _PADDING.format(models=models),
-        "scatter": _SCATTER.format(
-            today="\n".join(f"- {line.rstrip('.')}." for line in today),
-            callers=" and ".join(callers),
-            flagless=f", as multi-token prediction\n  does today; {models} raise an AttributeError"
-            if decoder
-            else "",
-            full_step="\n- In the speculative step, hidden states of all rows go with embeddings of all rows."
-            if step
-            else "",
-            mocked="\n\nThe test of the scatter in _get_embeddings keeps its cases. It mocks the scatter\n"
-            "where it is now, with a group of two, and gains the speculative step."
-            if training
-            else "",
-        ),
-        "reduce_scatter": _REDUCE_SCATTER,
-    }
-    return _SUBJECTS[name], texts[name]
+        today += "Its speculative step does not scatter.\n"
+        changes += _STEP
+    tests = ""
+    if core.EMBEDDING_TESTS in files:
+        # The tests build no MambaModel.
+        sites = f"{models.replace(' and', ',')} or" if core.HYBRID in files else "GPTModel or"
+        sites += " one of MTP's two calls" if step else " multi-token prediction"
+        tests = "\n" + _TESTS[name].format(sites=sites)
+        tests += _MOCKED if name == "scatter" and training else ""
+    text = {"padding": _PADDING, "scatter": _SCATTER, "reduce_scatter": _REDUCE_SCATTER}[name]
+    return _SUBJECTS[name], text.format(models=models, today=today, changes=changes, tests=tests)

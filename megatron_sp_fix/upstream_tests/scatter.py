@@ -7,6 +7,11 @@ from megatron.core.tensor_parallel.mappings import scatter_to_sequence_parallel_
 from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionLayer
 
 
+class _Scaled(LanguageModelEmbedding):
+    def forward(self, input_ids, position_ids, tokentype_ids=None):
+        return super().forward(input_ids, position_ids, tokentype_ids) * 3.0
+
+
 class TestTowerThatEmbedsItsOwnTokens(_TwoRanks):
     """A model with scatter_embedding_sequence_parallel=False computes what one without computes."""
 
@@ -37,12 +42,8 @@ class TestTowerThatEmbedsItsOwnTokens(_TwoRanks):
         _check_same(plain, tower)
 
     def test_subclass_with_its_own_forward(self):
-        class Scaled(LanguageModelEmbedding):
-            def forward(self, input_ids, position_ids, tokentype_ids=None):
-                return super().forward(input_ids, position_ids, tokentype_ids) * 3.0
-
         plain, tower = _plain_and_tower()
-        plain.embedding.__class__ = tower.embedding.__class__ = Scaled
+        plain.embedding.__class__ = tower.embedding.__class__ = _Scaled
         _check_same(plain, tower)
 
     @pytest.mark.skipif(
@@ -81,11 +82,13 @@ class TestTowerThatEmbedsItsOwnTokens(_TwoRanks):
             assert whole.shape == (SEQ_LENGTH, BATCH_SIZE, HIDDEN_SIZE)
             tower(**batch)
 
+    @pytest.mark.parametrize('embedding_class', [LanguageModelEmbedding, _Scaled])
     @pytest.mark.parametrize('clone', [True, False])
-    def test_honours_clone_scatter_output_in_embedding(self, clone):
+    def test_honours_clone_scatter_output_in_embedding(self, clone, embedding_class):
         _, tower = _plain_and_tower(
             position='learned_absolute', clone_scatter_output_in_embedding=clone
         )
+        tower.embedding.__class__ = embedding_class
         shard = _step(tower)[2][0]
         owned = shard.untyped_storage().nbytes() == shard.numel() * shard.element_size()
         assert owned is clone

@@ -1,37 +1,77 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The source form, on copies of the installed megatron-core."""
+"""The source form, on copies of the installed megatron-core and of other trees that are at hand.
+
+Those are the releases unpacked in `.cache/matrix` and, where MEGATRON_LM names a Megatron-LM
+checkout, its main and the first tag of each release.
+"""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
+import textwrap
+from pathlib import Path
 
 import pytest
 
-from megatron_sp_fix import UnsupportedMegatronError, cli, sites, source
+from megatron_sp_fix import UnsupportedMegatronError, sites, source
+from megatron_sp_fix.upstream_tests import core
+
+MATRIX = Path(__file__).parents[2] / ".cache/matrix"
+CHECKOUT = os.environ.get("MEGATRON_LM", "")
+RELEASES = sorted(path.name for path in MATRIX.glob("*")) if MATRIX.is_dir() else []
+TAGS = ["HEAD", *(f"core_v0.{minor}.0" for minor in range(12, 20))] if CHECKOUT else []
+GPT = "megatron/core/models/gpt/gpt_model.py"
+MTP = "megatron/core/transformer/multi_token_prediction.py"
+VERSION = "megatron/core/package_info.py"
+TESTS = """# A tree's own tests.
+
+import pytest
+import torch
+
+from megatron.core.transformer.transformer_config import TransformerConfig
+from tests.unit_tests.test_utilities import Utils
+
+
+class TestOfItsOwn:
+    pass
+"""
+
+
+def make(name, folder):
+    """A git checkout of the files that matter, of the installed package, a release or a tag."""
+    tree = folder / "tree"
+    for path in [*source.PATHS, VERSION]:
+        if name in TAGS:
+            command = ["git", "-C", CHECKOUT, "show", f"{name}:{path}"]
+            done = subprocess.run(command, capture_output=True, check=False)
+            text = done.stdout if done.returncode == 0 else None
+        else:
+            root = sites.installed_root() if name == "installed" else MATRIX / name
+            text = (root / path).read_bytes() if (root / path).is_file() else None
+        if text is None and path == core.EMBEDDING_TESTS:
+            text = TESTS.encode()
+        if text is not None:
+            (tree / path).parent.mkdir(parents=True, exist_ok=True)
+            (tree / path).write_bytes(text)
+    git(tree, "init", "-q")
+    git(tree, "config", "user.name", "Ä. Person")
+    git(tree, "config", "user.email", "a@example.org")
+    commit(tree)
+    return tree
 
 
 @pytest.fixture
 def tree(tmp_path):
-    """A git checkout of the files that the diff touches, and of the tests' folder."""
-    installed, copy = sites.installed_root(), tmp_path / "tree"
-    for path in {site.path for site in sites.SITES} | {"megatron/core/package_info.py"}:
-        if (installed / path).is_file():
-            (copy / path).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(installed / path, copy / path)
-    (copy / "tests/unit_tests").mkdir(parents=True)
-    git(copy, "init", "-q")
-    git(copy, "config", "user.name", "A. Person")
-    git(copy, "config", "user.email", "a@example.org")
-    commit(copy)
-    return copy
+    return make("installed", tmp_path)
 
 
 def git(tree, *arguments, **options):
     done = subprocess.run(
         ["git", *arguments], cwd=tree, capture_output=True, check=False, **options
     )
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout.decode()
 
 
@@ -45,129 +85,156 @@ def contents(tree):
     return {str(path.relative_to(tree)): path.read_bytes() for path in files}
 
 
-def apply_by(tool, tree, text):
-    command = {"git": ["git", "apply"], "patch": ["patch", "-p1", "-s"], "am": ["git", "am", "-q"]}
-    done = subprocess.run(
-        command[tool], cwd=tree, input=text.encode(), capture_output=True, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
-def check_applied(before, tree):
+def check_round_trip(tree):
+    """The diff applies, leaves nothing to do, and comes off again to the byte."""
+    before = contents(tree)
+    patch = source.diff(tree).encode()
+    assert contents(tree) == before, "diff wrote into the tree"
+    git(tree, "apply", input=patch)
     after = contents(tree)
-    fix = "megatron/core/models/common/embeddings/embedding.py"
-    test = "tests/unit_tests/models/test_standalone_tower.py"
-    assert after.keys() - before.keys() == {fix, test}
-    assert b"def embed_for_decoder" in after[fix]
-    assert {match.form for match in sites.find(tree)} == {"source"}
-    for name in after:
-        compile(after[name], name, "exec")
+    assert after.keys() == before.keys()
+    for path, text in after.items():
+        compile(text, path, "exec")
+    assert b"def scatter_embeddings(" in after[core.EMBEDDING]
+    assert b"class TestTowerReduceScatters" in after[core.EMBEDDING_TESTS]
+    padded = b"padding_slice" in before[GPT]
+    assert (b"class TestPaddingRows" in after[core.EMBEDDING_TESTS]) is padded
+    for match in sites.supported(tree)[0]:
+        assert match.native == "this fix", match.site.name
+    assert source.diff(tree) == "" and source.mail(tree, "A <a@example.org>") == ""
+    git(tree, "apply", "-R", input=patch)
+    assert contents(tree) == before
+    return patch
+
+
+@pytest.mark.parametrize("name", ["installed", *RELEASES, *TAGS])
+def test_the_diff_applies_and_comes_off_to_the_byte(name, tmp_path):
+    check_round_trip(make(name, tmp_path))
+
+
+@pytest.mark.parametrize("name", ["installed", *RELEASES, *TAGS])
+def test_the_mails_are_steps_to_the_same_tree(name, tmp_path):
+    tree = make(name, tmp_path)
+    patch = source.diff(tree)
+    box = source.mail(tree, source.signer(tree))
+    padded = "_zero_padding_rows" in patch
+    numbers = re.findall(r"^Subject: \[PATCH (\d)/(\d)\]", box, re.M)
+    assert numbers == ([("1", "3"), ("2", "3"), ("3", "3")] if padded else [("1", "2"), ("2", "2")])
+    git(tree, "am", "-q", input=box.encode())
+    by_mail = contents(tree)
+    for line in git(tree, "log", f"-{len(numbers)}", "--format=%an <%ae>%n%b").splitlines():
+        assert len(line) <= 80
+    assert "Ä. Person <a@example.org>" in git(tree, "log", "-1", "--format=%an <%ae>")
+    assert "Signed-off-by: Ä. Person <a@example.org>" in git(tree, "log", "-1", "--format=%b")
+    git(tree, "reset", "-q", "--hard", f"HEAD~{len(numbers)}")
+    git(tree, "apply", input=patch.encode())
+    assert contents(tree) == by_mail
+
+
+def test_without_tests_in_the_tree(tree):
+    shutil.rmtree(tree / "tests")
+    commit(tree)
+    box = source.mail(tree, "A <a@example.org>")
+    assert "test" not in box.lower()
+    git(tree, "apply", input=source.diff(tree).encode())
     assert source.diff(tree) == ""
 
 
-@pytest.mark.parametrize("tool", ["git", "patch"])
-def test_it_applies_and_comes_off_to_the_byte(tree, tool):
-    if not shutil.which(tool):
-        pytest.skip(f"{tool} is not installed")
-    before = contents(tree)
-    text = source.diff(tree)
-    assert contents(tree) == before, "diff wrote into the tree"
-    apply_by(tool, tree, text)
-    check_applied(before, tree)
-    git(tree, "apply", "-R", input=text.encode())
-    assert contents(tree) == before
+def test_the_mail_says_what_is_true_of_the_tree(tree):
+    native = "not self.embedding.scatter_to_sequence_parallel" in (tree / GPT).read_text()
+    box = source.mail(tree, "A <a@example.org>")
+    assert ("scatter by themselves" in box) is native
+    assert ("run on all rows on every rank" in box) is not native
 
 
-def test_mail_is_for_git_am(tree):
-    before = contents(tree)
-    apply_by("am", tree, source.mail(tree))
-    check_applied(before, tree)
-    message = git(tree, "log", "-1", "--format=%an <%ae>%n%s%n%b")
-    assert message.startswith("A. Person <a@example.org>\nShard a standalone")
-    assert "Signed-off-by: A. Person <a@example.org>" in message
-    assert source.mail(tree) == ""
-
-
-def test_mail_without_a_name(tree, monkeypatch, capsys):
+def test_no_name_to_sign_with(tree, monkeypatch):
     git(tree, "config", "--unset", "user.email")
     for scope in ("GLOBAL", "SYSTEM"):
         monkeypatch.setenv(f"GIT_CONFIG_{scope}", os.devnull)
-    assert cli.main(["diff", "--root", str(tree), "--format", "mail"]) == 2
-    captured = capsys.readouterr()
-    assert "git has no user.email" in captured.err and not captured.out
+    with pytest.raises(ValueError, match=r"git has no user\.email"):
+        source.signer(tree)
 
 
-@pytest.mark.parametrize("ending", [b"\r\n", b"no newline at the end"])
-def test_a_file_keeps_its_line_ends(tree, ending):
-    path = tree / "megatron/core/models/gpt/gpt_model.py"
-    text = path.read_bytes()
-    path.write_bytes(
-        text.replace(b"\n", b"\r\n") if ending == b"\r\n" else text.rstrip(b"\n") + b"  # last"
-    )
+@pytest.mark.parametrize("form", ["crlf", "bom", "no newline at the end", "comments"])
+def test_files_keep_their_form(tree, form):
+    for path in source.PATHS:
+        if (tree / path).is_file():
+            text = (tree / path).read_bytes()
+            if form == "crlf":
+                text = text.replace(b"\n", b"\r\n")
+            elif form == "bom":
+                text = b"\xef\xbb\xbf" + text
+            elif form == "no newline at the end":
+                text = text.rstrip(b"\n")
+            else:
+                text = re.sub(rb"(?m)^(    +decoder_input = .*\))$", rb"\1  # a fork's", text)
+                text = text.replace(
+                    b"(input_ids=input_ids, position", b"(\n input_ids=input_ids,position"
+                )
+            (tree / path).write_bytes(text)
+    git(tree, "config", "core.autocrlf", "false")
     commit(tree)
-    before = contents(tree)
-    patch = source.diff(tree)
-    git(tree, "apply", input=patch.encode())
-    check_applied(before, tree)
-    if ending == b"\r\n":
-        assert path.read_bytes().count(b"\n") == path.read_bytes().count(b"\r\n")
-    git(tree, "apply", "-R", input=patch.encode())
-    assert contents(tree) == before
+    patch = check_round_trip(tree)
+    if form == "crlf":
+        added = [line for line in patch.split(b"\n") if line.startswith((b"+", b"-"))]
+        assert all(line.endswith(b"\r") for line in added if line[:3] not in (b"+++", b"---"))
 
 
 def test_a_half_patched_tree_is_completed(tree):
     before = contents(tree)
     git(tree, "apply", input=source.diff(tree).encode())
-    path = "megatron/core/models/gpt/gpt_model.py"
-    (tree / path).write_bytes(before[path])
-    assert f"b/{path}" in source.diff(tree) and "common/embeddings" not in source.diff(tree)[:200]
-    git(tree, "apply", input=source.diff(tree).encode())
-    check_applied(before, tree)
+    (tree / GPT).write_bytes(before[GPT])
+    patch = source.diff(tree)
+    assert re.findall(r"^\+\+\+ b/(.*)$", patch, re.M) == [GPT]
+    git(tree, "apply", input=patch.encode())
+    assert source.diff(tree) == ""
 
 
-def test_an_unrecognized_site_gives_no_partial_diff(tree, capsys):
-    path = tree / "megatron/core/transformer/multi_token_prediction.py"
-    path.write_text(path.read_text().replace("decoder_input = embedding(", "x = embedding("))
-    with pytest.raises(UnsupportedMegatronError, match=r"multi_token_prediction\.py: \w+\.\w+"):
+@pytest.mark.parametrize(
+    "path, old, new, message",
+    [
+        (MTP, "decoder_input = embedding(", "x = embedding(", r"_get_embeddings: looked for one"),
+        (GPT, "class GPTModel(", "class GPT(", r"there is no .*gpt_model\.py: GPTModel"),
+        (GPT, "class GPTModel(", "class GPTModel((", r"gpt_model\.py is not Python"),
+        (GPT, "class GPTModel(", "class Ä(", r"gpt_model\.py is not UTF-8"),
+        (core.EMBEDDING, "if not self.reduce_", "if not self.reduce", r"LanguageModelEmb.*forward"),
+        (VERSION, "MINOR = 1", "MINOR = 0", r"is older than 0\.12"),
+    ],
+)
+def test_what_is_not_recognized_gives_one_line_and_no_diff(tree, path, old, new, message):
+    text = (tree / path).read_text()
+    assert old in text
+    (tree / path).write_bytes(text.replace(old, new).encode("latin-1", "replace"))
+    with pytest.raises(UnsupportedMegatronError, match=message) as error:
         source.diff(tree)
-    assert cli.main(["diff", "--root", str(tree)]) == 1
-    captured = capsys.readouterr()
-    assert not captured.out and captured.err.count("\n") == 1
+    assert str(tree) in str(error.value) and "\n" not in str(error.value)
 
 
-def test_no_tree_there(tmp_path, capsys):
-    assert cli.main(["diff", "--root", str(tmp_path)]) == 1
-    assert f"no megatron-core source tree at {tmp_path}" in capsys.readouterr().err
+def test_a_scatter_of_a_forks_own_is_not_left_to_scatter_twice(tree):
+    text = (tree / GPT).read_text()
+    call = "decoder_input = self.embedding(input_ids=input_ids, position_ids=position_ids)\n"
+    again = "if True:\n    decoder_input = scatter_to_sequence_parallel_region(decoder_input)\n"
+    text = text.replace(call, call + textwrap.indent(again, " " * 12))
+    (tree / GPT).write_text(text)
+    with pytest.raises(UnsupportedMegatronError, match=r"gpt_model\.py: .* scatters decoder_input"):
+        source.diff(tree)
 
 
-def test_command_prints_the_installed_packages_diff(tree):
-    command = [sys.executable, "-m", "megatron_sp_fix", "diff"]
-    done = subprocess.run(command, capture_output=True, check=True)
-    assert done.stdout.startswith(b"diff --git a/megatron/core/") and not done.stderr
-    git(tree, "apply", "--check", input=done.stdout)
-    git(tree, "apply", input=source.diff(tree).encode())
-    done = subprocess.run([*command, "--root", tree], capture_output=True, check=True)
-    assert done.stdout == b"" and b"carries the fix already" in done.stderr
+def test_no_tree_there(tmp_path):
+    with pytest.raises(UnsupportedMegatronError, match="no megatron-core"):
+        source.diff(tmp_path)
 
 
-def test_the_runtime_patch_steps_aside(tmp_path):
-    """On a whole patched copy, first in the path of a process of its own."""
-    copy = tmp_path / "patched"
-    shutil.copytree(sites.installed_root() / "megatron/core", copy / "megatron/core")
-    git(copy, "init", "-q")
-    git(copy, "apply", input=source.diff(copy).encode())
+def test_the_patched_package_computes_its_embeddings_by_the_function(tmp_path):
+    """A whole patched copy imports, first in the path of a process of its own."""
+    root = sites.installed_root()
+    shutil.copytree(root / "megatron", tmp_path / "megatron")
+    git(tmp_path, "apply", input=source.diff(tmp_path).encode())
     code = (
-        "import logging; logging.basicConfig(level=logging.INFO)\n"
-        "import megatron_sp_fix as m; print(m.apply(), m.remove())\n"
-        "from megatron.core.models.gpt import GPTModel\n"
-        "print({(s.native, s.patched, s.by) for s in m.status().sites})"
+        "from megatron.core.models.gpt import gpt_model\n"
+        "from megatron.core.transformer import multi_token_prediction as mtp\n"
+        "assert gpt_model.scatter_embeddings is mtp.scatter_embeddings\n"
+        f"assert gpt_model.__file__.startswith({str(tmp_path)!r})"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(copy)},
-        check=True,
-    )
-    assert done.stdout.splitlines() == ["() ()", "{('source', True, ())}"]
-    assert "is patched in its source" in done.stderr
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}, check=True)
