@@ -45,7 +45,7 @@ def fixed(tower: Any) -> Iterator[Any]:
 
     native = None
     for site in megatron_sp_fix.status().sites:
-        if site.name == "GPTModel._preprocess" and site.native == "native":
+        if site.name == "GPTModel._preprocess" and site.native == "own scatter":
             native = copy.copy(tower)
             own = {"_preprocess": type(tower).__dict__["_preprocess"]}
             native.__class__ = type("Native", (type(tower),), own)
@@ -84,21 +84,19 @@ def run(name: str, measure: Callable[..., list[tuple]], options: argparse.Namesp
         options: as :func:`parse` returns.
     """
     if "RANK" in os.environ:  # torchrun
-        from megatron_sp_fix.demo.ranks import setup, teardown
+        from megatron_sp_fix.demo.ranks import setup
 
         setup(int(os.environ["RANK"]), options.ranks, "env://", tp=options.ranks)
         results = [None] * options.ranks
         torch.distributed.all_gather_object(results, _on_rank(measure, options))
-        teardown()
+        torch.distributed.destroy_process_group()
         if int(os.environ["RANK"]):
             return
     else:
         from megatron_sp_fix.demo.ranks import Ranks
 
-        with Ranks(options.ranks) as ranks:
-            results = ranks.run(
-                _on_rank, measure, options, tp=options.ranks, timeout=options.timeout
-            )
+        with Ranks(options.ranks, tp=options.ranks) as ranks:
+            results = ranks.run(_on_rank, measure, options, timeout=options.timeout)
     facts, figures = zip(*results)
     mode = "cpu" if options.cpu else "gpus"
     machine = facts[0] | {"ranks": options.ranks}

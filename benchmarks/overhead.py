@@ -60,7 +60,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent))
     import overhead  # by its name, so that the ranks can import it
 
-    with Ranks(2) as ranks:
-        for rank, result in enumerate(ranks.run(overhead.measure, tp=2)):
+    with Ranks(2, tp=2) as ranks:
+        for rank, result in enumerate(ranks.run(overhead.measure)):
             for name, nanoseconds in result.items():
                 print(f"rank {rank}: {name}: {nanoseconds:.0f} ns a forward (limit: 2000)")

@@ -23,13 +23,14 @@ import os
 import sys
 import warnings
 from importlib.metadata import version
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import megatron_sp_fix
-from megatron_sp_fix.demo.ranks import RankError, Ranks, setup, teardown
+from megatron_sp_fix.demo.ranks import RankError, Ranks, setup
 
 TP, LENGTH, PROMPT, STEPS = 2, 16, 4, 10
 
@@ -158,9 +159,9 @@ def introduce(fix: bool) -> None:
     found = megatron_sp_fix.status()
     form = next(site.native for site in found.sites if site.name.startswith("GPTModel."))
     words = {
-        "none": "does not shard a tower's tokens",
-        "native": "shards a tower's tokens by itself",
-        "source": "carries the fix in its source",
+        "no shard": "does not shard a tower's tokens",
+        "own scatter": "shards a tower's tokens by itself",
+        "this fix": "carries the fix in its source",
     }
     print(
         f"megatron-core {found.version} {words[form]}; nvidia-modelopt {version('nvidia-modelopt')}"
@@ -182,7 +183,7 @@ def in_job(fix: bool) -> int:
         plain, tower = distil(True, False), distil(False, fix)
         good = report(plain, tower, fix) if rank == 0 else plain == tower
     finally:
-        teardown()
+        torch.distributed.destroy_process_group()
     return 0 if good else 1
 
 
@@ -201,16 +202,18 @@ def main() -> int:
         "fails; from 0.19 on megatron-core shards the tokens itself and it succeeds",
     )
     fix = not parser.parse_args().no_fix
+    if find_spec("modelopt") is None:
+        sys.exit("this example needs ModelOpt: pip install 'megatron-sp-fix[distill]'")
     if "RANK" in os.environ:
         return in_job(fix)
     # Each rank imports megatron-core, which warns of every optional package that is not there.
     os.environ.setdefault("PYTHONWARNINGS", "ignore")
     introduce(fix)
-    with Ranks(TP) as ranks:
+    with Ranks(TP, tp=TP) as ranks:
         try:
             # The plain LM first: at that point no process has applied anything.
-            plains = ranks.run(distil, True, False, tp=TP)
-            towers = ranks.run(distil, False, fix, tp=TP)
+            plains = ranks.run(distil, True, False)
+            towers = ranks.run(distil, False, fix)
         except RankError as error:
             sys.exit(str(error).rstrip())  # every rank's traceback, on standard error
     good = report(plains[0], towers[0], fix)

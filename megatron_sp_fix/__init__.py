@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Run a multimodal model's language tower alone under sequence parallelism, in megatron-core."""
 
+from .launch import StartupError, disable, enable
 from .patching import SiteStatus, Status, applied, apply, remove, status
 from .sites import UnsupportedMegatronError
 from .towers import NotCoveredError, Tower, audit
@@ -8,12 +9,15 @@ from .towers import NotCoveredError, Tower, audit
 __all__ = [
     "NotCoveredError",
     "SiteStatus",
+    "StartupError",
     "Status",
     "Tower",
     "UnsupportedMegatronError",
     "applied",
     "apply",
     "audit",
+    "disable",
+    "enable",
     "remove",
     "status",
 ]

@@ -2,30 +2,25 @@
 """The command line: ``megatron-sp-fix`` and ``python -m megatron_sp_fix``."""
 
 import argparse
-import dataclasses
 import importlib
 import json
 import os
+import subprocess
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn, Optional
+from typing import Any, NoReturn, Optional
 
-from . import StartupError, UnsupportedMegatronError, __version__, startup, status
-from .run import UsageError, prepare
+from . import UnsupportedMegatronError, __version__, apply, audit, hook, launch, sites, status
+from .patching import SiteStatus
 
 __all__ = ["main"]
-
-_NATIVE = {
-    "none": "no shard (the bug)",
-    "native": "megatron-core's own scatter",
-    "source": "this fix, in the source",
-}
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")  # one line, without the usage
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")  # one line
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
@@ -35,204 +30,162 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         argv: the arguments; the process's by default.
 
     Returns:
-        int: 0, or 1 for a finding; usage errors exit with 2.
+        int: 0, 1 for a finding or an error, 130 or 141 as after a signal. Usage errors exit with 2.
     """
-    parser = _Parser(
-        prog="megatron-sp-fix",
-        description="Run a multimodal model's language tower alone under sequence parallelism.",
-        epilog="example: megatron-sp-fix demo --tp 2",
-    )
+    argv, command = list(sys.argv[1:] if argv is None else argv), []
+    if argv[:1] == ["run"]:  # what follows its own options is not for argparse
+        at = 1
+        while at < len(argv) and argv[at].startswith("-") and argv[at] != "-m":
+            at += 2 if argv[at] == "--also" else 1
+        argv, command = argv[:at], argv[at:]
+    parser = _Parser("megatron-sp-fix", description=sys.modules[__package__ or ""].__doc__)
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    command = commands.add_parser(
-        "status",
-        help="show the installed megatron-core and its call sites",
-        description="Show the installed megatron-core, and for each call site what it does by "
-        "itself and whether it is patched.",
-        epilog="example: megatron-sp-fix status --json",
-    )
-    command.add_argument("--json", action="store_true", help="print JSON")
-    command.set_defaults(run=_status)
-
-    command = commands.add_parser(
-        "demo",
-        help="show the bug and the fix on real ranks",
-        description="Build a plain LM and a tower from the same weights, run both with sequence "
-        "parallelism on, and compare them bitwise. Uses torchrun's ranks, or starts its own: on "
-        "GPUs if there is one for each, else on CPUs.",
-        epilog="example: torchrun --nproc-per-node 2 -m megatron_sp_fix demo",
-    )
-    command.add_argument("--tp", type=int, default=2, metavar="N", help="TP size (default: 2)")
-    command.set_defaults(run=_demo)
-
-    command = commands.add_parser(
-        "run",
-        help="run a script or a module with the fix",
-        usage="megatron-sp-fix run [-h] (SCRIPT | -m MODULE) [ARG ...]",
-        description="Run a script, or a module as `python -m` does, with the fix applied as "
-        "megatron-core is imported. Everything after its name is passed on to it. Processes that "
-        "it forks have the fix; those that it spawns do not: see enable.",
-        epilog="example: torchrun --nproc-per-node 8 -m megatron_sp_fix run train.py --tp 8",
-    )
-    # For the help alone: argparse would take the script's own options for this one's.
-    command.add_argument("script", metavar="SCRIPT", help="a file")
-    command.add_argument("-m", metavar="MODULE", help="a module")
-
-    command = commands.add_parser(
-        "enable",
-        help="give the fix to every process of this environment",
-        description="Put one file into this environment's site-packages, by which every Python "
-        "process that starts, Ray's workers included, gets the fix as it imports megatron-core. "
-        "MEGATRON_SP_FIX=0 switches it off for a process; MEGATRON_SP_FIX=strict makes it raise "
-        "where it cannot be applied, instead of logging an error.",
-        epilog="example: megatron-sp-fix enable && megatron-sp-fix status",
-    )
-    command.set_defaults(run=_enable)
-
-    command = commands.add_parser(
-        "disable",
-        help="take back what enable did",
-        description="Remove the file that `enable` put into this environment's site-packages. "
-        "Processes that run keep the fix.",
-        epilog="example: megatron-sp-fix disable",
-    )
-    command.set_defaults(run=_disable)
-
-    command = commands.add_parser(
-        "audit",
-        help="list the towers in a model, covered or not",
-        description="Apply the fix, call a function that sets up the process groups and builds a "
-        "model, and list its language models: whether each is a tower, whether the fix covers it, "
-        "and why. Exits with 1 if one is not covered.",
-        epilog="example: megatron-sp-fix audit my_job.models:build",
-    )
-    command.add_argument("factory", metavar="MODULE:FACTORY", help="a function of no arguments")
-    command.set_defaults(run=_audit)
-
-    command = commands.add_parser(
-        "diff",
-        help="print the fix as a patch of a megatron-core source tree",
-        description="Print a unified diff that puts the fix into a megatron-core source tree: an "
-        "installed package, an unpacked wheel or a Megatron-LM checkout. Writes nothing there.",
-        epilog="example: megatron-sp-fix diff --root Megatron-LM | git -C Megatron-LM apply",
-    )
-    command.add_argument(
-        "--root",
-        type=Path,
-        metavar="PATH",
-        help="the folder that holds megatron/core (default: the installed package's)",
-    )
-    command.add_argument(
-        "--format",
-        choices=("plain", "mail"),
-        default="plain",
-        help="mail is for git am, signed off by git's user",
-    )
-    command.set_defaults(run=_diff)
-
-    argv = list(sys.argv[1:] if argv is None else argv)
+    rows = parser.add_subparsers(metavar="COMMAND")
+    for name, (call, options, example) in COMMANDS.items():
+        row = rows.add_parser(name, help=call.__doc__, description=call.__doc__)
+        row.epilog = f"example: megatron-sp-fix {example}"
+        row.set_defaults(call=call, parser=row, command=command)
+        for option in options.split():
+            row.add_argument(option, **OPTIONS[option])
+        if name == "run":
+            row.usage = "%(prog)s [--also MODULE:CLASS[.METHOD]]... COMMAND [ARG ...]"
+    arguments = parser.parse_args(argv)
     try:
-        if argv[:1] == ["run"] and argv[1:] not in (["-h"], ["--help"]):
-            start = prepare(argv[1:])
-        else:
-            arguments = parser.parse_args(argv)
-            result: int = arguments.run(arguments)
-            return result
-    except UsageError as error:
-        print(f"megatron-sp-fix: {error}", file=sys.stderr)
-        return 2
-    except (UnsupportedMegatronError, StartupError) as error:
-        print(f"megatron-sp-fix: {error}", file=sys.stderr)
-        return 1
-    start()  # out here, since its exceptions are its own
-    return 0
+        if not argv:
+            parser.print_help()
+        code: int = arguments.call(arguments) if argv else 0
+        sys.stdout.flush()
+    except (UnsupportedMegatronError, launch.StartupError) as error:
+        return _say(error)
+    except ValueError as error:  # what was asked for makes no sense
+        arguments.parser.error(str(error))
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # nor is there anybody to read what is flushed at the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    return code
 
 
-def _status(arguments: argparse.Namespace) -> int:
-    found = status()
-    if arguments.json:
-        print(json.dumps(dataclasses.asdict(found), indent=2))
+def _say(what: object) -> int:
+    print(f"megatron-sp-fix: {what}", file=sys.stderr)
+    return 1
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    """Start a command whose Python processes have the fix."""
+    if arguments.path:
+        print(launch.folder())
         return 0
-    print(f"megatron-core {found.version} at {found.path}")
-    off = _off()
-    if found.enabled:
-        but = f", but not in this one: {off}" if off else ""
-        print(f"enabled for every process by {found.enabled}{but}")
-    else:
-        print("not enabled for every process")
-    otherwise = "not patched" if off else "patched on import"
-    width = max(len(site.name) for site in found.sites)
-    for site in found.sites:
-        by = f" (by {', '.join(site.by)})" if site.by else ""
-        patched = "patched" if site.patched else otherwise
-        print(f"  {site.name.ljust(width)}  by itself: {_NATIVE[site.native]}; {patched}{by}")
-    return 0
-
-
-def _off() -> str:
-    """Why this process will not be patched by the import hook; empty if it will."""
-    mode = os.environ.get(startup.VARIABLE, "")
-    if mode not in startup.ON:
-        return f"{startup.VARIABLE}={mode}"
-    return "" if startup.installed() else "it has not read that"
+    if not arguments.command:
+        raise ValueError("name a command, a script, or -m and a module")
+    launch.run(arguments.command, arguments.also)
 
 
 def _enable(arguments: argparse.Namespace) -> int:
-    print(f"every process of this environment has the fix now, by {startup.enable()}")
-    return 0
+    """Give the fix to every Python process of this environment, by a file in site-packages."""
+    print(f"wrote {launch.enable()}; in a new process:", flush=True)
+    return subprocess.call([sys.executable, "-m", "megatron_sp_fix", "status", "--check"])
 
 
 def _disable(arguments: argparse.Namespace) -> int:
-    file = startup.disable()
+    """Take back what enable did."""
+    file = launch.disable()
     print(f"removed {file}" if file else "nothing to remove: it was not enabled")
     return 0
 
 
-def _audit(arguments: argparse.Namespace) -> int:
-    from . import apply, audit
-
-    module, _, factory = arguments.factory.partition(":")
-    if not factory:
-        raise UsageError(f"{arguments.factory!r} is not MODULE:FACTORY")
-    sys.path.insert(0, "")
-    try:
-        build = getattr(importlib.import_module(module), factory)
-    except (ImportError, AttributeError) as error:
-        raise UsageError(f"{arguments.factory}: {error}") from error
-    apply()
-    towers = audit(build())
-    if not towers:
-        print("no language model found")
-        return 1
-    for tower in towers:
-        mark = "covered" if tower.covered else "NOT COVERED"
-        embedding = tower.embedding or "no embedding"
-        print(f"{tower.name or '(model)'}: {tower.cls}, {embedding}, {tower.kind}")
-        print(f"  {mark}: {tower.reason}")
-    return 0 if all(tower.covered for tower in towers) else 1
-
-
-def _diff(arguments: argparse.Namespace) -> int:
-    from .sites import installed_root
-    from .source import diff, mail, signer
-
-    root = arguments.root or installed_root()
-    try:
-        text = mail(root, signer(root)) if arguments.format == "mail" else diff(root)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
-    if not text:
-        print(f"megatron-sp-fix: {root} carries the fix already", file=sys.stderr)
-    # As bytes: a text stream would change the line ends of a file that has \r\n.
-    sys.stdout.buffer.write(text.encode("utf-8"))
+def _status(arguments: argparse.Namespace) -> int:
+    """Show what each call site of megatron-core does in a process like this one."""
+    root = arguments.root or sites.installed_root()
+    found, remark = sites.supported(root)
+    hooked = not arguments.root and hook.in_force()
+    rows = [
+        SiteStatus(site.name, native, native if native == "this fix" else "not imported", "")
+        for site, native, _ in found
+    ]
+    rows = rows if arguments.root else list(status().sites)
+    version = ".".join(map(str, sites.version(root)))
+    if arguments.json:
+        head = {"version": version, "root": str(root), "remark": remark, "hook": hooked}
+        print(json.dumps({**head, "sites": [row._asdict() for row in rows]}, indent=2))
+    else:
+        print(f"megatron-core {version} at {root}", *filter(None, [remark]), sep="\n")
+        print("import hook:", "patches each module as it is imported" if hooked else "none")
+        for row in rows:
+            by = f" (by {row.by})" if row.by else ""
+            print(f"  {row.name:50} by itself: {row.native:11}  now: {row.state}{by}")
+    right = ("patched", "this fix", "not imported") if hooked else ("patched", "this fix")
+    wrong = ", ".join(row.name for row in rows if row.state not in right)
+    if arguments.check and wrong:
+        return _say(
+            f"a process like this one would run unpatched: {wrong}; start it under "
+            "`megatron-sp-fix run`, or `enable` the fix, or patch the source by `diff`"
+        )
     return 0
 
 
 def _demo(arguments: argparse.Namespace) -> int:
+    """Show the bug and the fix on real ranks of this machine."""
     from .demo import demo
 
+    return demo(arguments.tp, arguments.json)
+
+
+def _audit(arguments: argparse.Namespace) -> int:
+    """Apply the fix, build a model, and list its towers: covered or not."""
+    module, _, name = arguments.factory.partition(":")
+    if not name:
+        raise ValueError(f"{arguments.factory} is not MODULE:FACTORY")
+    sys.path.insert(0, "")
+    apply()
     try:
-        return demo(arguments.tp)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
+        towers = audit(getattr(importlib.import_module(module), name)())
+    except Exception as error:
+        where = [
+            f"{frame.filename}:{frame.lineno}: "
+            for frame in traceback.extract_tb(error.__traceback__)
+            if not {"importlib", "megatron_sp_fix"} & {*Path(frame.filename).parts}
+        ]
+        text = f"{type(error).__name__}: {error}".splitlines()[0]
+        return _say(f"{arguments.factory}: {''.join(where[-1:])}{text}")
+    for tower in towers:
+        print(f"{tower.name or '(model)'}: {tower.cls}: {tower.verdict}: {tower.reason}")
+    if not towers:
+        return _say(f"{arguments.factory}: no language model of megatron-core in what it returned")
+    return 0 if all(tower.covered for tower in towers) else 1
+
+
+def _diff(arguments: argparse.Namespace) -> int:
+    """Print the fix as a patch of a megatron-core source tree."""
+    from . import source
+
+    root = arguments.root or sites.installed_root()
+    mail = arguments.format == "mail"
+    text = source.mail(root, source.signer(root)) if mail else source.diff(root)
+    if not text:
+        _say(f"{root} has the fix in its source already")
+    sys.stdout.buffer.write(text.encode("utf-8"))  # a text stream would change \r\n
+    return 0
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "--also": {"action": "append", "default": [], "help": "a method of yours, as of apply()"},
+    "--path": {"action": "store_true", "help": "print the folder to put on PYTHONPATH"},
+    "--json": {"action": "store_true", "help": "print JSON"},
+    "--check": {"action": "store_true", "help": "exit with 1 unless every site is right"},
+    "--root": {"type": Path, "help": "the folder that holds megatron/core (default: installed)"},
+    "--tp": {"type": int, "default": 2, "metavar": "N", "help": "TP size (default: 2)"},
+    "--format": {"choices": ("plain", "mail"), "default": "plain", "help": "mail: for git am"},
+    "factory": {"metavar": "MODULE:FACTORY", "help": "builds a model, without arguments"},
+}
+#: By name: what it calls, whose docstring is its help; its options; an example.
+COMMANDS = {
+    "run": (_run, "--also --path", "run torchrun --nproc-per-node 8 train.py"),
+    "enable": (_enable, "", "enable"),
+    "disable": (_disable, "", "disable"),
+    "status": (_status, "--check --json --root", "run megatron-sp-fix status --check"),
+    "demo": (_demo, "--tp --json", "demo --tp 2"),
+    "audit": (_audit, "factory", "audit my_job.models:build"),
+    "diff": (_diff, "--root --format", "diff --root Megatron-LM | git -C Megatron-LM apply"),
+}

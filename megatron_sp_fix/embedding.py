@@ -12,8 +12,6 @@ from collections.abc import Callable
 from types import FunctionType
 from typing import Any, Optional
 
-from torch import Tensor
-
 from megatron.core import parallel_state
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.tensor_parallel.layers import VocabParallelEmbedding
@@ -50,12 +48,9 @@ def sharding(model: Any, call: Callable[[], Any], context: Any, required: bool) 
     Args:
         model: a ``GPTModel``, ``HybridModel`` or ``MambaModel``, or of a subclass.
         call: runs the original method, whose result is returned.
-        context: a ``BaseInferenceContext`` or None. Under dynamic batching with fp8 or fp4 padding
-            rows are zeroed on every rank, to stay out of a quantization scale.
-        required: False where megatron-core's own code would scatter without us.
-
-    Raises:
-        TypeError: `required`, and ``embedding`` is a property, which nothing can stand in for.
+        context: a ``BaseInferenceContext`` or None; with fp8 or fp4, its padding rows are zeroed.
+        required: raise a TypeError if ``embedding`` is a property, which nothing can stand in for;
+            False where megatron-core's own code would scatter without us.
     """
     mine = Sharding(model.embedding, tp_group(model, model.embedding))
     quantized = getattr(model.config, "fp8", None) or getattr(model.config, "fp4", None)
@@ -66,8 +61,7 @@ def sharding(model: Any, call: Callable[[], Any], context: Any, required: bool) 
     model.__dict__["embedding"] = mine
     try:
         if required and model.embedding is not mine:
-            name = f"{type(model).__name__}.embedding"
-            raise TypeError(f"{name} is a property: make it a submodule, to be sharded under SP")
+            raise TypeError(f"{type(model).__name__}.embedding is a property: make it a submodule")
         return call()
     finally:
         if model.__dict__.get("embedding") is mine:  # else somebody assigned another, which stays
@@ -76,7 +70,7 @@ def sharding(model: Any, call: Callable[[], Any], context: Any, required: bool) 
                 del model.__dict__["embedding"]
 
 
-def sharding_rows(owner: Any, embedding: Any, hidden_states: Tensor) -> Any:
+def sharding_rows(owner: Any, embedding: Any, hidden_states: Any) -> Any:
     """The embedding that gives an MTP layer as many rows as it has hidden states ``[s, b, h]``."""
     if type(embedding) is Sharding:  # of the model, or of the method that called this one
         embedding = embedding._embedding
@@ -101,20 +95,17 @@ class Sharding:
     def __setattr__(self, name: str, value: Any) -> None:
         setattr(self._embedding, name, value)
 
-    @property
+    @property  # type: ignore[misc]
     def __class__(self) -> Any:  # what isinstance() asks
         return type(self._embedding)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Embed ids int64 ``[b, s]`` as a shard ``[s / tp, b, h]`` that owns its storage.
-
-        Raises:
-            ValueError: TP does not divide the length, or a stock embedding returned no shard.
-        """
+        """Embed ids int64 ``[b, s]`` as a shard ``[s / tp, b, h]``, or raise a ValueError."""
         embedding, size = self._embedding, self._group.size()
-        length = kwargs.get("input_ids", args[0] if args else None).shape[1]
+        ids: Any = kwargs.get("input_ids", args[0] if args else None)
+        length = ids.shape[1] if getattr(ids, "ndim", 0) == 2 else 0  # else the flag decides
         rows = self._rows or length // size
-        if rows == length:
+        if rows == length > 0:
             return embedding(*args, **kwargs)
         stock = _runs(LanguageModelEmbedding, embedding)
         if stock:
@@ -149,10 +140,10 @@ class Sharding:
 
 
 def _runs(cls: type, module: Any) -> bool:
-    """Whether calling the module runs megatron-core's own forward of a class.
+    """Whether the module's class runs megatron-core's own forward of `cls`.
 
-    Classes alone tell: an instance may have a timer on one rank, and ranks must agree on the
-    collective. (A decorator copies a function's ``__module__``, but not its ``__globals__``.)
+    An instance may have a timer on one rank, but ranks must agree on the collective. (A decorator
+    copies a function's ``__module__``, but not its ``__globals__``.)
     """
     forward: Any = getattr(type(module), "forward", None) if issubclass(type(module), cls) else None
     ours = False

@@ -1,114 +1,93 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run somebody's script or module with the fix, as a plain ``python`` would run it without."""
+"""Start a command, or every process of an environment, with the import hook of hook.py."""
 
-import builtins
 import os
 import sys
-import types
-from collections.abc import Callable, Sequence
-from importlib.machinery import SourceFileLoader
-from importlib.util import find_spec
-from typing import Any, Optional, cast
+from collections.abc import Sequence
+from typing import NoReturn
 
-from . import startup
+__all__ = ["StartupError", "disable", "enable", "folder", "run"]
 
-__all__ = ["UsageError", "prepare"]
-
-
-class UsageError(ValueError):
-    """What was asked for on the command line cannot be done."""
+_MARK = "# Written by `megatron-sp-fix enable`; `megatron-sp-fix disable` removes it."
+# `site` runs such a line as Python starts. It does nothing once the package is uninstalled.
+_LINE = "import os, sys; p = {!r}; p in sys.path or os.path.isdir(p) and sys.path.insert(0, p)"
 
 
-def prepare(command: Sequence[str]) -> Callable[[], None]:
-    """Make this process one that is about to run a script or a module as ``__main__``.
+class StartupError(RuntimeError):
+    """A command cannot be started, or an environment not be changed; the message says why."""
 
-    The fix will be applied as megatron-core is imported; if it cannot be, that import raises.
+
+def folder() -> str:
+    """The folder whose ``sitecustomize.py`` installs the import hook, for ``PYTHONPATH``."""
+    return os.path.join(os.path.dirname(os.path.abspath(__file__)), "bootstrap")
+
+
+def run(command: Sequence[str], also: Sequence[str] = ()) -> NoReturn:
+    """Become a command whose Python processes patch megatron-core as they import it.
 
     Args:
-        command: as after ``python``: a script, or ``-m`` and a module's name; then its arguments.
-
-    Returns:
-        Callable: runs it.
+        command: a program and its arguments. A script ``*.py`` or ``-m`` and a module are run by
+            this Python, with the options that it was given itself.
+        also: as of ``apply``, for these processes.
 
     Raises:
-        UsageError: there is no such script or module.
+        StartupError: there is no such program, or this Python ignores ``PYTHONPATH``.
     """
-    module = list(command[:1]) == ["-m"]
-    if len(command) < 1 + module or (not module and command[0].startswith("-")):
-        raise UsageError("run: name a script, or a module after -m")
-    # What plain Python has by the time when it looks for a module, whose packages it imports then.
-    name, *arguments = command[module:]
-    sys.argv = ["-m" if module else name, *arguments]
-    path = os.path.join(os.getcwd(), name)  # as Python, which does not normalize it
-    # What it puts in front; nothing under `-I`, `-P` or PYTHONSAFEPATH.
-    if not (sys.flags.isolated or getattr(sys.flags, "safe_path", False)):
-        sys.path[0] = os.getcwd() if module else os.path.dirname(os.path.realpath(path))
-    startup.install(strict=True)
-    if not startup.installed():
-        print(f"megatron-sp-fix: off, by {startup.VARIABLE}=0", file=sys.stderr)
-    get_code, names = _module(name) if module else _script(path)
-    if module:
-        sys.argv[0] = names["__file__"]
-
-    def start() -> None:
-        # Not by runpy, whose `__main__` is gone while the script's threads still use it, and which
-        # has one string for `sys.argv[0]`, as it was given, and for `__file__`, which is absolute.
-        main = types.ModuleType("__main__")
-        vars(main).update(names, __annotations__={}, __builtins__=builtins)
-        sys.modules["__main__"] = main
-        exec(get_code(), vars(main))
-
-    _cut_frames_above({start.__code__, get_code.__code__})
-    return start
-
-
-def _script(path: str) -> tuple[types.FunctionType, dict[str, Any]]:
-    if not os.path.isfile(path):
-        raise UsageError(f"run: no script {path}")
-
-    def get_code() -> types.CodeType:
-        with open(path, "rb") as stream:
-            return compile(stream.read(), path, "exec")
-
-    loader = SourceFileLoader("__main__", path)
-    names = {"__file__": path, "__loader__": loader, "__cached__": None}
-    return cast(types.FunctionType, get_code), names
-
-
-def _module(name: str) -> tuple[types.FunctionType, dict[str, Any]]:
+    command = list(command)
+    if command[0] == "-m" or command[0].endswith(".py"):
+        if sys.flags.ignore_environment or sys.flags.no_site:
+            raise StartupError("run needs PYTHONPATH and site: start python without -I, -E and -S")
+        options = sys.orig_argv[1 : -len(sys.argv)]  # and "-m", of `python -m megatron_sp_fix`
+        command = [sys.executable, *(options[:-1] if options[-1:] == ["-m"] else options), *command]
+    path = [folder(), *filter(None, [os.environ.get("PYTHONPATH")])]
+    names = [*filter(None, [os.environ.get("MEGATRON_SP_FIX_ALSO")]), *also]
+    changes = {"PYTHONPATH": os.pathsep.join(path), "MEGATRON_SP_FIX_ALSO": ",".join(names)}
     try:
-        spec = find_spec(name)
-        if spec and spec.submodule_search_locations is not None:
-            name += ".__main__"
-            spec = find_spec(name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
-            raise  # its package's own failure
-        spec = None
-    loader: Any = spec and spec.loader
-    code = loader.get_code(name) if hasattr(loader, "get_code") else None
-    if spec is None or code is None:
-        raise UsageError(f"run: no module named {name!r} that can be run")
-    return cast(types.FunctionType, lambda: code), {
-        "__file__": spec.origin,
-        "__loader__": loader,
-        "__cached__": spec.cached,
-        "__package__": spec.parent,
-        "__spec__": spec,
-    }
+        os.execvpe(command[0], command, {**os.environ, **changes})
+    except OSError as error:
+        raise StartupError(f"cannot run {command[0]}: {error.strerror}") from error
 
 
-def _cut_frames_above(codes: set[types.CodeType]) -> None:
-    """Let the tracebacks of uncaught exceptions begin below the frames of these codes."""
-    show = sys.excepthook
+def enable() -> str:
+    """Let every Python process of this environment patch megatron-core as it imports it.
 
-    def excepthook(
-        kind: type[BaseException], error: BaseException, trace: Optional[types.TracebackType]
-    ) -> None:
-        node, rest = trace, trace
-        while node is not None:
-            rest = node.tb_next if node.tb_frame.f_code in codes else rest
-            node = node.tb_next
-        show(kind, error.with_traceback(rest), rest)  # Python's own reads the exception's
+    Returns:
+        str: the file that was written into site-packages, one line long.
 
-    sys.excepthook = excepthook
+    Raises:
+        StartupError: the folder cannot be written, or has somebody else's file of that name.
+    """
+    try:
+        file = _file()
+        with open(file, "w", encoding="utf-8") as stream:
+            stream.write(f"{_MARK}\n{_LINE.format(folder())}\n")
+    except OSError as error:
+        raise StartupError(f"{error}; enable it as the owner of that folder") from error
+    return file
+
+
+def disable() -> str:
+    """Remove what :func:`enable` wrote; returns the file, or an empty string if there was none.
+
+    Raises:
+        StartupError: the file cannot be removed, or is somebody else's.
+    """
+    try:
+        file = _file()
+        os.unlink(file)
+    except FileNotFoundError:
+        return ""
+    except OSError as error:
+        raise StartupError(f"{error}; disable it as the owner of that folder") from error
+    return file
+
+
+def _file() -> str:
+    import sysconfig
+
+    file = os.path.join(sysconfig.get_path("purelib"), "megatron_sp_fix.pth")
+    if os.path.exists(file):
+        with open(file, encoding="utf-8", errors="replace") as stream:
+            if "megatron-sp-fix" not in stream.readline():
+                raise StartupError(f"{file} is not megatron-sp-fix's and is left: move it away")
+    return file

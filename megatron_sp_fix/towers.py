@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which language models in a built model are towers, and whether their decoders get shards."""
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 __all__ = ["NotCoveredError", "Tower", "audit"]
@@ -88,19 +87,17 @@ def _verdict(tower: Any) -> tuple[str, str]:
     if not needs_shard(tower, embedding):
         return "nothing to shard", "sequence parallelism is off, or TP is 1"
     size = tp_group(tower, embedding).size()
-    rows, length = 4, 4 * size
-    parts: list[tuple[str, Callable[..., None]]] = []
-    parts += [("its decoder", _run_tower)] if tower.pre_process else []
-    parts += [("MTP", _run_mtp)] if getattr(tower, "mtp_process", False) else []
-    for name, run in parts:
+    parts = ["its decoder"] if tower.pre_process else []
+    parts += ["MTP"] if getattr(tower, "mtp_process", False) else []
+    for part in parts:
         try:
-            got = _arriving(run, tower, rows, length)
+            rows = _rows(tower, part, 4, 4 * size)
         except Exception as error:
             line = f"{type(error).__name__}: {error}".splitlines()[0]
-            return "cannot tell", f"{name} was not reached: {line}"
-        if got != rows:
-            return "not covered", f"{name} gets {got} of {length} rows, not {rows}, at TP {size}"
-    return "covered", f"{' and '.join(name for name, _ in parts)} got this rank's rows"
+            return "cannot tell", f"{part} was not reached: {line}"
+        if rows != 4:
+            return "not covered", f"{part} gets {rows} of {4 * size} rows, not 4, at TP {size}"
+    return "covered", f"{' and '.join(parts)} got this rank's rows"
 
 
 class _Arrived(BaseException):
@@ -127,26 +124,15 @@ class _StandIn:
         return self.call(*args, **kwargs)
 
 
-@contextmanager
-def _instead(module: Any, name: str, call: Callable[..., Any]) -> Iterator[_StandIn]:
-    """Shadow an attribute of a module by its ``__dict__``, as embedding.py does."""
-    stand_in = _StandIn(getattr(module, name), call)
-    before = module.__dict__.get(name, stand_in)
-    module.__dict__[name] = stand_in
-    try:
-        yield stand_in
-    finally:
-        module.__dict__[name] = before
-        if before is stand_in:
-            del module.__dict__[name]
+def _rows(tower: Any, part: str, rows: int, length: int) -> int:
+    """Run a part of a tower up to where hidden states arrive, and count their rows."""
+    import inspect
+    from unittest import mock
 
-
-def _arriving(run: Callable[..., None], tower: Any, rows: int, length: int) -> int:
-    """Run a method up to a stand-in, without collectives or gradients, and count what arrives."""
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    class NoCollectives(TorchDispatchMode):
+    class NoCollectives(TorchDispatchMode):  # type: ignore[no-untyped-call]
         def __torch_dispatch__(
             self, func: Any, types: Any, args: Any = (), kwargs: Any = None
         ) -> Any:
@@ -159,34 +145,29 @@ def _arriving(run: Callable[..., None], tower: Any, rows: int, length: int) -> i
     if getattr(tower, "position_embedding_type", "") == "mrope":
         positions = positions.expand(3, 1, length)
     ids = torch.zeros((1, length), dtype=torch.long, device=like.device)
-    inputs = {"input_ids": ids, "position_ids": positions, "attention_mask": None}
-    try:
-        with ExitStack() as stack:
-            for context in (torch.no_grad(), NoCollectives()):
-                stack.enter_context(context)
-            full = _instead(tower, "embedding", lambda *_, **__: like.new_zeros(length, 1, hidden))
-            stack.enter_context(full)
-            run(stack, tower, inputs, like.new_zeros(rows, 1, hidden))
-    except _Arrived as arrived:
-        got: int = arrived.args[0].shape[0]
-        return got
-    raise RuntimeError("its forward ended without it")
-
-
-def _run_tower(stack: ExitStack, tower: Any, inputs: dict[str, Any], _: Any) -> None:
-    stack.enter_context(_instead(tower, "decoder", _arrive))
+    inputs: dict[str, Any] = {"input_ids": ids, "position_ids": positions, "attention_mask": None}
+    embedding = _StandIn(tower.embedding, lambda *_, **__: like.new_zeros(length, 1, hidden))
+    stand_ins = {tower: {"embedding": embedding, "decoder": _StandIn(tower.decoder, _arrive)}}
+    # Hooks of these packages gather parameters; other people's may hand in a decoder_input.
     hooks = tower._forward_pre_hooks.values()
     home = {str(getattr(hook, "__module__", "")).split(".")[0] for hook in hooks}
-    # Hooks of these two gather parameters; others may hand in a decoder_input.
-    (tower.forward if home <= {"megatron", "torch"} else tower)(**inputs)
-
-
-def _run_mtp(stack: ExitStack, tower: Any, inputs: dict[str, Any], hidden_states: Any) -> None:
-    """Call the MTP block, each of whose layers begins with a norm of what it has embedded."""
-    for layer in tower.mtp.layers:
-        stack.enter_context(_instead(layer, "enorm", _arrive))
-    inputs |= {"hidden_states": hidden_states, "embedding": tower.embedding}
-    for name, parameter in inspect.signature(tower.mtp.forward).parameters.items():
-        if parameter.default is parameter.empty and parameter.kind is not parameter.VAR_KEYWORD:
-            inputs.setdefault(name, None)
-    tower.mtp.forward(**inputs)
+    run = tower.forward if home <= {"megatron", "torch"} else tower
+    if part == "MTP":
+        run = tower.mtp.forward
+        # Each of its layers begins with a norm of what it has embedded.
+        stand_ins |= {layer.enorm: {"forward": _arrive} for layer in tower.mtp.layers}
+        parameters = inspect.signature(run).parameters
+        needed = [p for p in parameters.values() if p.default is p.empty]
+        inputs = {p.name: None for p in needed if p.kind is not p.VAR_KEYWORD} | inputs
+        inputs |= {"labels": ids} if "labels" in parameters else {}  # 0.12
+        inputs |= {"hidden_states": like.new_zeros(rows, 1, hidden), "embedding": embedding}
+    with ExitStack() as stack:
+        for module, attributes in stand_ins.items():
+            # What stands in a module's `__dict__` is found before a submodule.
+            stack.enter_context(mock.patch.dict(module.__dict__, attributes))
+        try:
+            with torch.no_grad(), NoCollectives():  # type: ignore[no-untyped-call]
+                run(**inputs)
+        except _Arrived as arrived:
+            return int(arrived.args[0].shape[0])
+    raise RuntimeError("its forward ended without it")

@@ -1,38 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
 """A pool of processes that act as ranks: over gloo on CPUs, or NCCL where each has a GPU."""
 
+import contextlib
+import ctypes
 import faulthandler
 import multiprocessing
 import os
 import pickle
 import signal
 import tempfile
-import threading
 import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any
-
-__all__ = ["Ranks", "RankError", "setup", "teardown"]
-
-#: Seconds that the other ranks have once one failed: they may wait for it in a collective.
-GRACE = 10.0
 
 
 class RankError(RuntimeError):
     """A function failed on some rank: first line what failed, below it every rank's traceback."""
 
 
-def setup(rank: int, ranks: int, store: str, *, tp: int = 1, **sizes: Any) -> None:
+def setup(rank: int, ranks: int, store: str, tp: int = 1, **sizes: Any) -> None:
     """Make this process a rank: process groups, device and random state.
 
-    Args:
-        rank: this process's rank.
-        ranks: the number of ranks; NCCL is used if this machine has a GPU for each, else gloo.
-        store: ``init_method`` of ``torch.distributed.init_process_group``.
-        tp: tensor parallel size.
-        sizes: more arguments of megatron-core's ``initialize_model_parallel``.
+    Over NCCL if this machine has a GPU for each rank, else over gloo. `store` is an ``init_method``
+    of torch.distributed, `sizes` are arguments of megatron-core's ``initialize_model_parallel``.
     """
     import torch
 
@@ -56,30 +49,13 @@ def setup(rank: int, ranks: int, store: str, *, tp: int = 1, **sizes: Any) -> No
         tensor_parallel.random.initialize_rng_tracker(inference_rng_tracker=True)
 
 
-def teardown() -> None:
-    """Leave the process groups that :func:`setup` made, if there are any."""
-    import torch
-
-    from megatron.core import parallel_state
-
-    if torch.distributed.is_initialized():
-        parallel_state.destroy_model_parallel()
-        torch.distributed.destroy_process_group()
-
-
 class Ranks:
-    """Processes that run functions as the ranks of a process group; a context manager.
+    """Processes that run functions as so many ranks; a context manager.
 
-    Args:
-        size: how many processes.
-        setup: what makes each a rank, importable by name; arguments as :func:`setup`.
-
-    Example:
-        >>> with Ranks(2) as ranks:
-        ...     ranks.run(function, 16, tp=2)  # calls function(16) on both; returns both results
+    The layout is that of :func:`setup`: ``with Ranks(2, tp=2) as ranks: ranks.run(function, 16)``.
     """
 
-    def __init__(self, size: int, setup: Callable[..., None] = setup) -> None:
+    def __init__(self, size: int, **layout: Any) -> None:
         cpu = os.environ.get("CUDA_VISIBLE_DEVICES") == "" or not os.path.exists("/dev/nvidia0")
         # One import of torch and megatron-core, then a fork a rank; CUDA does not survive a fork.
         self._context: Any = multiprocessing.get_context("forkserver" if cpu else "spawn")
@@ -87,159 +63,110 @@ class Ranks:
             self._context.set_forkserver_preload([f"{__package__}.models"])
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         os.environ.setdefault("PYTHONWARNINGS", "ignore")  # of each package that is not installed
-        self.size = size
-        self._setup = setup
-        self._folder = tempfile.TemporaryDirectory(prefix="megatron-sp-fix-")
-        self._stores = 0
-        self._start()
+        self._size, self._layout = size, layout
+        self._pipes: list[Connection] = []
+        self._processes: list[Any] = []
 
     def __enter__(self) -> "Ranks":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """End the processes."""
-        self._stop()
-        self._folder.cleanup()
-
-    def run(
-        self,
-        function: Callable[..., Any],
-        *args: Any,
-        ranks: int = 0,
-        timeout: float = 120,
-        **layout: Any,
-    ) -> list[Any]:
-        """Call a function on every rank at once.
-
-        Args:
-            function: importable by name in another process.
-            args: its arguments, picklable.
-            ranks: how many ranks take part; all by default.
-            timeout: seconds for the slowest rank, and more where the machine is busy; then all
-                processes are ended and started anew.
-            layout: keywords of :func:`setup`.
-
-        Returns:
-            list: the results, by rank.
-
-        Raises:
-            RankError: the function raised on some rank, or took too long, or a process died.
-        """
-        if not all(process.is_alive() for process in self._processes):
-            self._stop()
-            self._start()
-        ranks = ranks or self.size
-        if self._layout != (ranks, layout):
-            self._layout = (ranks, layout)
-            self._stores += 1
-        store = f"file://{self._folder.name}/store{self._stores}"
-        call = pickle.dumps((store, ranks, layout, function, args))
-        # The others leave the groups they are in: NCCL ends one only when all of its ranks leave.
-        leave = pickle.dumps((store, ranks, layout, None, ()))
-        for rank, pipe in enumerate(self._pipes):
-            pipe.send_bytes(call if rank < ranks else leave)
-        replies = self._replies(timeout)
-        errors: dict[str, list[str]] = {}
-        for rank, (error, _) in sorted(replies.items()):
-            if error:
-                errors.setdefault(error, []).append(str(rank))
-        if errors:
-            self._layout = None  # a collective may have been left half done
-            who = (f"rank {', '.join(on)} of {ranks}: {error}" for error, on in errors.items())
-            raise RankError("\n".join(who))
-        return [replies[rank][1] for rank in range(ranks)]
-
-    def _replies(self, left: float) -> dict[int, tuple[str, Any]]:
-        """Wait for each rank's error and result; end all if some do not answer in time."""
-        replies: dict[int, tuple[str, Any]] = {}
-        waiting: dict[Any, int] = dict(zip(self._pipes, range(self.size)))
-        while waiting and left > 0:
-            began = time.monotonic()
-            for pipe in wait(list(waiting), 1):
-                rank = waiting.pop(pipe)
-                try:
-                    replies[rank] = pickle.loads(self._pipes[rank].recv_bytes())
-                except (EOFError, OSError):
-                    self._processes[rank].join(1)
-                    code = self._processes[rank].exitcode
-                    replies[rank] = (f"the process died, exit code {code}", None)
-                if replies[rank][0]:
-                    left = min(left, GRACE)
-            # Where twice as much wants to run as there are cores, a second counts half.
-            load = os.getloadavg()[0] / (os.cpu_count() or 1)
-            left -= (time.monotonic() - began) / max(1.0, load)
-        for rank in waiting.values():
-            os.kill(self._processes[rank].pid, signal.SIGUSR1)
-            time.sleep(0.5)  # it writes its stacks
-            with open(self._stacks(rank), encoding="utf-8") as stacks:
-                replies[rank] = (f"no answer in time\n{stacks.read()}", None)
-        if waiting:
-            self._stop()  # the next call starts them anew
-        return replies
-
-    def _stacks(self, rank: int) -> str:
-        return os.path.join(self._folder.name, f"stacks{rank}")
-
-    def _start(self) -> None:
-        self._pipes: list[Connection] = []
-        self._processes: list[Any] = []
-        # Ctrl-C is for the parent, which then ends the others: they inherit that it is blocked.
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        for rank in range(self.size):
-            ours, theirs = self._context.Pipe()
-            open(self._stacks(rank), "w").close()  # to read, however early the process dies
-            process = self._context.Process(
-                target=_serve, args=(rank, theirs, self._stacks(rank), self._setup), daemon=True
-            )
-            process.start()
-            theirs.close()
-            self._pipes.append(ours)
-            self._processes.append(process)
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        self._layout: Any = None  # their groups are yet to be set up, through a new store
-
-    def _stop(self) -> None:
         for pipe in self._pipes:
             pipe.close()
         for process in self._processes:
             process.join(timeout=1)
             process.kill()
             process.join()
+        if self._pipes:
+            self._folder.cleanup()
+        self._pipes, self._processes = [], []
+
+    def _start(self) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="megatron-sp-fix-")
+        # Ctrl-C is for this process, which then ends the others: they inherit that it is ignored.
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        for rank in range(self._size):
+            pipe, theirs = self._context.Pipe()
+            arguments = (theirs, self._folder.name, rank, self._size, self._layout)
+            process = self._context.Process(target=_serve, args=arguments, daemon=True)
+            process.start()
+            theirs.close()
+            self._pipes.append(pipe)
+            self._processes.append(process)
+        signal.signal(signal.SIGINT, handler)
+
+    def run(self, function: Callable[..., Any], *args: Any, timeout: float = 120) -> list[Any]:
+        """Call a function on every rank at once.
+
+        Args:
+            function: importable by name in another process.
+            args: its arguments, picklable.
+            timeout: seconds for the slowest rank, and more where the machine is busy.
+
+        Returns:
+            list: the results, by rank.
+
+        Raises:
+            RankError: the function raised on some rank, or took too long, or a process died. All
+                processes are ended, for a collective may be half done; the next call starts others.
+        """
+        if not self._pipes:
+            self._start()
+        for connection in self._pipes:
+            with contextlib.suppress(OSError):  # it died, which is found below
+                connection.send_bytes(pickle.dumps((function, args)))
+        waiting: dict[Any, int] = dict(zip(self._pipes, range(self._size)))
+        replies: dict[int, tuple[str, Any]] = {}
+        while waiting and timeout > 0:
+            began = time.monotonic()
+            for pipe in wait(list(waiting), 1):
+                rank = waiting.pop(pipe)
+                try:
+                    replies[rank] = pickle.loads(self._pipes[rank].recv_bytes())
+                except (EOFError, OSError):
+                    replies[rank] = ("the process died; out of memory? try fewer ranks", None)
+                if replies[rank][0]:
+                    timeout = min(timeout, 5.0)  # the others may wait for this one, for ever
+            # Where twice as much wants to run as there are cores, a second counts half.
+            load = os.getloadavg()[0] / (os.cpu_count() or 1)
+            timeout -= (time.monotonic() - began) / min(max(1.0, load), 5.0)
+        for rank in waiting.values():
+            os.kill(self._processes[rank].pid, signal.SIGUSR1)
+            time.sleep(0.5)  # it writes its stacks
+            stacks = Path(self._folder.name, f"stacks{rank}")
+            told = stacks.read_text(encoding="utf-8") if stacks.exists() else "it had not started"
+            replies[rank] = (f"no answer in time\n{told}", None)
+        errors: dict[str, list[str]] = {}
+        for rank, (error, _) in sorted(replies.items()):
+            errors.setdefault(error, []).append(str(rank))
+        if errors.keys() != {""}:
+            self.__exit__()
+            raise RankError(
+                "\n".join(f"rank {', '.join(on)}: {error}" for error, on in errors.items() if error)
+            )
+        return [replies[rank][1] for rank in range(self._size)]
 
 
-def _serve(rank: int, pipe: Connection, stacks: str, setup: Callable[..., None]) -> None:
-    """Answer the calls that come through the pipe, until it closes or the parent ends."""
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+def _serve(pipe: Connection, folder: str, rank: int, size: int, layout: dict[str, Any]) -> None:
+    """Be a rank, and answer the calls that come through the pipe, until it closes."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: even if stuck, end with the pool
     # Its handler is C and answers at once; one in Python would wait for a collective to return.
-    faulthandler.register(signal.SIGUSR1, file=open(stacks, "w"))  # noqa: SIM115
+    faulthandler.register(signal.SIGUSR1, file=open(f"{folder}/stacks{rank}", "w"))  # noqa: SIM115
     for variable in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):  # of a job that this is no part of
         os.environ.pop(variable, None)
-    current = ""
+    ready = False
     try:
         while True:
             call = pipe.recv_bytes()
             try:
-                store, ranks, layout, function, args = pickle.loads(call)
-                if current != store:
-                    teardown()
-                    current = store
-                    if rank < ranks:
-                        setup(rank, ranks, store, **layout)
-                reply = pickle.dumps(("", function(*args) if rank < ranks else None))
+                if not ready:
+                    setup(rank, size, f"file://{folder}/store", **layout)
+                    ready = True
+                function, args = pickle.loads(call)
+                reply = pickle.dumps(("", function(*args)))
             except BaseException as failure:
                 brief = traceback.format_exception_only(failure)[0].splitlines()[0]
                 reply = pickle.dumps((f"{brief}\n{traceback.format_exc()}", None))
             pipe.send_bytes(reply)
     except (EOFError, OSError):
-        os._exit(0)  # the parent closed the pipe; an ordinary exit would wait for gloo's threads
-
-
-def _end_with_parent() -> None:
-    """End this process when its parent ends, even if it is stuck or its parent was killed."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
+        os._exit(0)  # the pool closed the pipe; an ordinary exit would wait for gloo's threads

@@ -2,19 +2,52 @@
 """What the distributed tests share: the fix, off under --unpatched, and all sorts of embeddings."""
 
 import contextlib
+import importlib
 import os
 
 import models
+import pytest
 import torch
 
 import megatron_sp_fix
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
+from megatron_sp_fix import sites
+
+#: The kinds of models that this release can build here, its version, and its call sites by role.
+KINDS = [kind for kind in models.KINDS if models.has(kind)]
+RELEASE = sites.version(sites.installed_root())[:2]
+SITES = {row.site.role: row for row in sites.supported(sites.installed_root())[0]}
+
+needs_mtp = pytest.mark.skipif(
+    "mtp" not in KINDS, reason="this release needs Transformer Engine for MTP"
+)
 
 
-def fix():
+def fix(*also):
     """The fix, for a `with` block; nothing at all under --unpatched."""
-    return contextlib.nullcontext() if os.environ.get("UNPATCHED") else megatron_sp_fix.applied()
+    if os.environ.get("UNPATCHED"):
+        return contextlib.nullcontext()
+    return megatron_sp_fix.applied(also=also)
+
+
+def place(role="GPT decoder"):
+    """The class of a call site in this release, and its method's name."""
+    site = SITES[role].site
+    return getattr(importlib.import_module(site.module), site.cls), site.method
+
+
+@contextlib.contextmanager
+def instead(owner, **attributes):
+    """Replace attributes of a class or module by those that are given; put them back."""
+    before = {name: owner.__dict__[name] for name in attributes}
+    for name, value in attributes.items():
+        setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(owner, name, value)
 
 
 def tp_rank():
@@ -52,6 +85,25 @@ def shadow(model, embedding):
     model.__dict__["embedding"] = embedding
 
 
+@contextlib.contextmanager
+def random_state():
+    """Where there is no GPU, let a checkpoint save and restore the CPU's random state alone."""
+    if torch.distributed.get_backend() == "nccl":
+        yield
+        return
+    random = tensor_parallel.random
+    names = [
+        name for name in vars(random) if name in ("_get_cuda_rng_state", "_set_cuda_rng_state")
+    ]
+    get_state = torch.cuda.get_rng_state
+    torch.cuda.get_rng_state = torch.get_rng_state  # as older releases call it
+    try:
+        with instead(random, **dict.fromkeys(names, lambda *_, **__: None)):
+            yield
+    finally:
+        torch.cuda.get_rng_state = get_state
+
+
 class NoDecoder(torch.nn.Module):
     def forward(self, hidden_states, **_):
         return hidden_states
@@ -64,17 +116,31 @@ def keep_input_step(*towers):
 
 
 def snapshot(model):
-    """Attributes of the embedding's modules; the decoder's own change as it runs."""
-    modules = model.named_modules()
-    return {name: dict(module.__dict__) for name, module in modules if "embedding" in name}
+    """The class and the attributes of every module; of dicts, such as the hooks, what is in them."""
+    return {
+        (name, key): dict(value) if isinstance(value, dict) else value
+        for name, module in model.named_modules()
+        for key, value in ({"__class__": type(module)} | module.__dict__).items()
+    }
+
+
+def changes(before, after):
+    """Which attributes of two snapshots are not the very same objects."""
+    return {name for name in before.keys() | after.keys() if not _same(name, before, after)}
 
 
 def check_unchanged(before, after):
-    """Of two snapshots: the same names, and the very objects."""
-    assert before.keys() == after.keys()
-    for name, attributes in before.items():
-        assert attributes.keys() == after[name].keys(), name
-        assert all(value is after[name][key] for key, value in attributes.items()), name
+    """Nothing of the embedding is; the decoder's own attributes change as it runs."""
+    assert not {name for name in changes(before, after) if "embedding" in name[0]}
+
+
+def _same(name, before, after):
+    if name not in before or name not in after:
+        return False
+    old, new = before[name], after[name]
+    if isinstance(old, dict) and isinstance(new, dict):
+        return old.keys() == new.keys() and all(value is new[key] for key, value in old.items())
+    return old is new or (isinstance(old, (bool, int, float, str)) and old == new)
 
 
 def full_length(words, ids):

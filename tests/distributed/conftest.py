@@ -1,14 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tests that run on ranks: a pool of them for the session (one a pytest-xdist worker)."""
+"""Tests that run on ranks: on the same processes, as long as the layout stays the same."""
 
 import math
-import os
 
 import onrank
 import pytest
 import torch
 
 from megatron_sp_fix.demo.ranks import RankError, Ranks
+
+#: How megatron-core calls the sizes of a layout; that of tensor parallelism has its short name.
+SIZES = {
+    "pp": "pipeline_model_parallel_size",
+    "cp": "context_parallel_size",
+    "ep": "expert_model_parallel_size",
+    "vpp": "virtual_pipeline_model_parallel_size",
+}
 
 
 def pytest_configure(config):
@@ -19,42 +26,64 @@ def pytest_configure(config):
     )
 
 
-def pytest_itemcollected(item):
-    if item.get_closest_marker("on_ranks") and "run" not in item.fixturenames:
-        item.fixturenames.append("run")
+def _layout(item):
+    """Return the keywords of the mark, and `tp` if the test has such a parameter; or None."""
+    mark = item.get_closest_marker("on_ranks")
+    params = item.callspec.params if hasattr(item, "callspec") else {}
+    return mark and {**mark.kwargs, **{name: params[name] for name in ("tp",) if name in params}}
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if _layout(item) is not None and "run" not in item.fixturenames:
+            item.fixturenames.append("run")
+    # By layout, so that each is set up once.
+    items.sort(key=lambda item: repr(_layout(item)))
 
 
 def pytest_pyfunc_call(pyfuncitem):
-    mark = pyfuncitem.get_closest_marker("on_ranks")
-    if mark is None:
+    layout, values = _layout(pyfuncitem), pyfuncitem.funcargs
+    if layout is None:
         return None
-    values = pyfuncitem.funcargs
     arguments = {name: values[name] for name in pyfuncitem._fixtureinfo.argnames}
-    layout = {**mark.kwargs, **{name: values[name] for name in ("tp",) if name in arguments}}
     values["run"](pyfuncitem.function, arguments, **layout)
     return True
 
 
 @pytest.fixture(scope="session")
-def pool():
-    gpus = torch.cuda.device_count()
-    shared = os.environ.get("SHARE_GPU") == "1"
-    with Ranks(min(gpus, 8) if gpus and not shared else 4, onrank.setup) as ranks:
-        yield ranks
+def _ranks():
+    """Return the ranks of a layout; those of the layout before end."""
+    current = {}
+
+    def ranks(size, layout):
+        key = repr((size, layout))
+        if key not in current:
+            end()
+            current[key] = Ranks(size, **{SIZES.get(name, name): layout[name] for name in layout})
+        return current[key]
+
+    def end():
+        for each in current.values():
+            each.__exit__()
+        current.clear()
+
+    yield ranks
+    end()
 
 
 @pytest.fixture
-def run(pool):
+def run(_ranks):
     """Run a function of a test module on ranks, what the mark `on_ranks` does with a test."""
 
     def call(function, arguments, *, ranks=None, timeout=120, **layout):
-        ranks = ranks or math.prod(layout.get(name, 1) for name in ("tp", "pp", "cp", "ep"))
-        if ranks > pool.size:
-            pytest.skip(f"needs {ranks} GPUs, found {pool.size}")
+        size = ranks or math.prod(layout.get(name, 1) for name in ("tp", "pp", "cp", "ep"))
+        gpus = torch.cuda.device_count()
+        if 0 < gpus < size:
+            pytest.skip(f"needs {size} GPUs, found {gpus}")
         by_name = (function.__module__, function.__name__, arguments)
         skipped = failed = None
         try:
-            (skipped, *_) = pool.run(onrank.call, *by_name, ranks=ranks, timeout=timeout, **layout)
+            skipped, *_ = _ranks(size, layout).run(onrank.call, *by_name, timeout=timeout)
         except RankError as error:
             failed = str(error)
         if failed is not None:

@@ -7,13 +7,14 @@ The rest of the suite runs over NCCL, too, on a machine with two GPUs or more.
 import contextlib
 import inspect
 
+import models
 import pytest
 import torch
 from common import check_same, check_shard, check_tower, fix, keep_input_step, tp_rank
 
 from megatron.core.transformer import cuda_graphs
 from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionLayer
-from megatron_sp_fix import models, status
+from megatron_sp_fix import status
 
 LENGTH = 16
 RELEASE = tuple(int(part) for part in status().version.split(".")[:2])
@@ -28,8 +29,9 @@ def same(kind, config):
 
 @pytest.mark.parametrize("tp", [2, 4])
 @pytest.mark.parametrize("kind", KINDS)
-def test_dropout_in_the_cuda_random_state(run, kind, tp):
-    run(same, kind, {}, tp=tp)
+@pytest.mark.on_ranks()
+def test_dropout_in_the_cuda_random_state(kind, tp):
+    same(kind, {})
 
 
 RECOMPUTE = {
@@ -44,14 +46,16 @@ RECOMPUTE = {
 
 @pytest.mark.parametrize("granularity", RECOMPUTE)
 @pytest.mark.parametrize("kind", KINDS)
-def test_recomputation(run, kind, granularity):
+@pytest.mark.on_ranks(tp=2)
+def test_recomputation(kind, granularity):
     takes = inspect.signature(MultiTokenPredictionLayer._checkpointed_forward).parameters
     if (kind, granularity) == ("mtp", "full") and not {"padding_mask", "kwargs"} & takes.keys():
         pytest.skip("this release cannot recompute MTP, plain LMs too")
-    run(same, kind, RECOMPUTE[granularity], tp=2)
+    same(kind, RECOMPUTE[granularity])
 
 
-def compiled():
+@pytest.mark.on_ranks(tp=2)
+def test_compiled_layers():
     plain, tower = models.pair("gpt")
     for model in (plain, tower):
         # Each layer: around them the decoder enters megatron-core's random state, which takes a
@@ -60,10 +64,6 @@ def compiled():
         for index, layer in enumerate(layers):
             layers[index] = torch.compile(layer, backend="aot_eager")
     check_tower(plain, tower, models.batch(LENGTH), LENGTH)
-
-
-def test_compiled_layers(run):
-    run(compiled, tp=2)
 
 
 @contextlib.contextmanager
@@ -82,7 +82,8 @@ def random_state_for_graphs():
         use(False)
 
 
-def graphed():
+@pytest.mark.on_ranks(tp=2)
+def test_captured_in_a_cuda_graph():
     """The model's input step, captured and replayed with other tokens."""
     plain, tower = models.pair("gpt", position="none")
     data = [models.batch(LENGTH, seed=seed) for seed in range(3)]
@@ -108,10 +109,6 @@ def graphed():
     check_shard(shard, LENGTH)
 
 
-def test_captured_in_a_cuda_graph(run):
-    run(graphed, tp=2)
-
-
 def step_in_graphs(scatter, graphs, weights, data):
     """Record a step, replay it with other tokens; without graphs, just run both."""
     model = models.build("gpt", scatter, config={"cuda_graph_impl": graphs})
@@ -132,7 +129,9 @@ def step_in_graphs(scatter, graphs, weights, data):
     return result
 
 
-def layers_in_graphs():
+@pytest.mark.skipif(RELEASE < (0, 15), reason="no such graphs before 0.15")
+@pytest.mark.on_ranks(tp=2)
+def test_layers_in_graphs_of_megatron_core():
     """megatron-core's own graphs of every layer, forward and backward, beside a plain LM's."""
     data = [models.batch(LENGTH, seed=seed) for seed in range(2)]
     weights = models.build("gpt", True).state_dict()
@@ -153,12 +152,10 @@ def layers_in_graphs():
     check_shard(actual["shard"], LENGTH)
 
 
-@pytest.mark.skipif(RELEASE < (0, 15), reason="no such graphs before 0.15")
-def test_layers_in_graphs_of_megatron_core(run):
-    run(layers_in_graphs, tp=2)
-
-
-def dynamic(quantized):
+@pytest.mark.skipif(RELEASE < (0, 18), reason="contexts are made in another way before 0.18")
+@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.on_ranks(tp=2)
+def test_dynamic_context_prefill_and_decode(quantized):
     """Real contexts of dynamic batching: a prefill, then a decode of every request."""
     from megatron.core.inference.config import InferenceConfig
     from megatron.core.inference.contexts import DynamicInferenceContext
@@ -207,9 +204,3 @@ def dynamic(quantized):
             active = torch.ones(3, dtype=torch.int32)
             context.update_requests(active, torch.arange(3))
     assert padded > 0
-
-
-@pytest.mark.skipif(RELEASE < (0, 18), reason="contexts are made in another way before 0.18")
-@pytest.mark.parametrize("quantized", [False, True])
-def test_dynamic_context_prefill_and_decode(run, quantized):
-    run(dynamic, quantized, tp=2)

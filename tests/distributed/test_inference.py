@@ -5,13 +5,14 @@ import contextlib
 import inspect
 
 import common
+import models
 import pytest
 import torch
 from common import fix
 
 from megatron.core.inference.contexts import BaseInferenceContext, StaticInferenceContext
 from megatron.core.inference.contexts.dynamic_context import DynamicInferenceContext
-from megatron_sp_fix import models, status
+from megatron_sp_fix import status
 
 LENGTH = 16
 
@@ -55,7 +56,12 @@ def decoded(model, data):
     return logits
 
 
-def static(kind):
+@pytest.mark.skipif(
+    status().version.startswith("0.12."), reason="no gathered logits under SP in 0.12"
+)
+@pytest.mark.parametrize("kind", [kind for kind in ("gpt", "hybrid") if models.has(kind)])
+@pytest.mark.on_ranks(tp=2)
+def test_static_context_prefill_and_decode(kind):
     plain, tower = models.pair(kind)
     plain.eval(), tower.eval()
     data = models.batch(LENGTH + 3)
@@ -65,14 +71,6 @@ def static(kind):
             actual = decoded(tower, data)
     assert [out.shape[1] for out in actual] == [out.shape[1] for out in expected]
     assert all(torch.equal(*pair) for pair in zip(expected, actual))
-
-
-@pytest.mark.skipif(
-    status().version.startswith("0.12."), reason="no gathered logits under SP in 0.12"
-)
-@pytest.mark.parametrize("kind", [kind for kind in ("gpt", "hybrid") if models.has(kind)])
-def test_static_context_prefill_and_decode(run, kind):
-    run(static, kind, tp=2)
 
 
 class DynamicContext(BaseInferenceContext):
@@ -100,7 +98,10 @@ class StopAtDecoder(torch.nn.Module):
         raise Reached(hidden_states)
 
 
-def zeroed(active, quantized):
+@pytest.mark.parametrize("quantized", [True, False])
+@pytest.mark.parametrize("active", [3, 8, 11, 16])
+@pytest.mark.on_ranks(tp=2)
+def test_inference_padding_rows_are_zeroed(active, quantized):
     _, tower = models.pair("gpt", position="none")
     tower.decoder = StopAtDecoder()
     tower.eval()
@@ -118,9 +119,3 @@ def zeroed(active, quantized):
             tower(**ids, attention_mask=None, **more)
     (seen,) = reached.value.args
     assert torch.equal(seen.unwrap() if hasattr(seen, "unwrap") else seen, expected)
-
-
-@pytest.mark.parametrize("quantized", [True, False])
-@pytest.mark.parametrize("active", [3, 8, 11, 16])
-def test_inference_padding_rows_are_zeroed(run, active, quantized):
-    run(zeroed, active, quantized, tp=2)

@@ -26,7 +26,7 @@ def train(rank, store):
     (loss * mask).sum().backward()
     # Straight to the pipe: lines of two ranks must not mix.
     os.write(1, f"rank {rank}: loss of {loss.shape[1]} tokens\n".encode())
-    ranks.teardown()
+    torch.distributed.destroy_process_group()
 
 
 def by_processes(method, store):
@@ -65,6 +65,8 @@ if __name__ == "__main__":
         store = f"file://{folder}/store"
         if way == "torchrun":
             train(int(os.environ["RANK"]), "env://")
+        elif way == "mpirun":
+            train(int(os.environ["OMPI_COMM_WORLD_RANK"]), f"file://{sys.argv[2]}")
         elif way == "ray":
             by_ray(store)
         else:

@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`run` becomes the command itself; `enable` does the same for all of an environment."""
+
+import subprocess
+
+import pytest
+
+import megatron_sp_fix
+from megatron_sp_fix import launch
+
+SCRIPT = """
+import os, sys
+print(sys.argv, sys.path, __name__, __file__, sys.flags.dev_mode, sys.stdout.write_through)
+kind = sys.argv[1]
+if kind == "raise":
+    raise KeyError("what was looked for")
+elif kind == "exit":
+    sys.exit(3)
+elif kind == "terminate":
+    import signal
+    os.kill(os.getpid(), signal.SIGTERM)
+elif kind == "spawn":
+    import multiprocessing
+    if __name__ == "__main__":
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            print(pool.apply(str.upper, ("done",)))
+"""
+STATE = (
+    "import sys; print(any(type(f).__module__ == 'megatron_sp_fix.hook' for f in sys.meta_path), "
+    "[name for name in ('megatron_sp_fix', 'typing', 're') if name in sys.modules])"
+)
+
+
+def python(environment, *command, **variables):
+    done = subprocess.run(
+        [environment.python, *command],
+        cwd=environment.folder,
+        env={**environment.variables, **variables},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def fix(environment, *command, **variables):
+    return python(environment, "-m", "megatron_sp_fix", *command, **variables)
+
+
+@pytest.fixture
+def packages(environment):
+    (folder,) = (environment.folder / "environment").glob("lib/python*/site-packages")
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["raise", "exit", "terminate", "spawn"])
+def test_the_command_is_itself(environment, kind):
+    (environment.folder / "script.py").write_text(SCRIPT)
+    for command in (["script.py"], ["-m", "script"]):
+        command += [kind, "--also", "x", "-m", "--"]
+        plain = python(environment, *command)
+        assert fix(environment, "run", *command) == plain
+        assert fix(environment, "run", environment.python, *command) == plain
+    plain = python(environment, "-u", "-X", "dev", "script.py", kind)
+    options = "-u", "-X", "dev", "-m", "megatron_sp_fix", "run", "script.py", kind
+    assert python(environment, *options) == plain
+
+
+def test_every_python_below_has_the_hook_and_little_else(environment):
+    inner = [environment.python, "-c", STATE]
+    command = ["sh", "-c", 'echo "$1"; exec "$@"', "sh", *inner]
+    found = "True []\n"
+    assert fix(environment, "run", *command) == (0, f"{environment.python}\n{found}", "")
+    path = fix(environment, "run", "--path")[1].strip()
+    assert path == launch.folder()
+    assert python(environment, *inner[1:], PYTHONPATH=path)[1] == found
+    # Once only, though two of them are on the path.
+    assert fix(environment, "run", *command, PYTHONPATH=path)[1].endswith(found)
+    assert python(environment, *inner[1:], PYTHONPATH=path, MEGATRON_SP_FIX="0")[1] == "False []\n"
+
+
+def test_also_reaches_the_command(environment):
+    show = "import os; print(os.environ['MEGATRON_SP_FIX_ALSO'])"
+    also = ("--also", "a:B", "--also", "c:D.e", environment.python, "-c", show)
+    assert fix(environment, "run", *also)[1] == "a:B,c:D.e\n"
+    assert fix(environment, "run", *also, MEGATRON_SP_FIX_ALSO="x:Y")[1] == "x:Y,a:B,c:D.e\n"
+
+
+def test_a_sitecustomize_that_is_there_runs_too(environment):
+    (environment.folder / "sitecustomize.py").write_text("import sys\nname = __name__\nprint(1)")
+    command = (environment.python, "-c", f"{STATE}; import sitecustomize as s; print(s.name)")
+    path = str(environment.folder)
+    done = fix(environment, "run", *command, PYTHONPATH=path)
+    # Its first line is by the process of `run` itself.
+    assert done == (0, "1\n1\nTrue []\nsitecustomize\n", "")
+    (environment.folder / "sitecustomize.py").write_text("raise KeyError('theirs')")
+    code, out, error = fix(environment, "run", *command[:2], STATE, PYTHONPATH=path)
+    assert (code, out) == (0, "True []\n") and error.count("KeyError: 'theirs'") == 2
+
+
+def test_a_python_without_the_package_says_so_and_goes_on(environment, packages):
+    (packages / "_paths.pth").unlink()
+    code, out, error = python(environment, "-c", "print(1)", PYTHONPATH=launch.folder())
+    assert (code, out, error.count("\n")) == (0, "1\n", 1)
+    assert error.startswith(f"megatron-sp-fix: off: {environment.python} has no megatron_sp_fix")
+
+
+def test_errors_of_run(environment):
+    for command, expected in ((["no-such-program"], 1), ([], 2), (["--frobnicate", "x"], 2)):
+        code, out, error = fix(environment, "run", *command)
+        assert (code, out, error.count("\n")) == (expected, "", 1), error
+    code, _, error = python(environment, "-E", "-m", "megatron_sp_fix", "run", "script.py")
+    assert code == 1 and "without -I, -E and -S" in error
+
+
+def test_enable_and_disable(environment, packages):
+    file = packages / "megatron_sp_fix.pth"
+    for _ in range(2):
+        code, out, error = fix(environment, "enable")
+        assert (code, error) == (0, "") and out.startswith(f"wrote {file};")
+        assert "as it is imported" in out and "GPTModel._preprocess" in out
+    assert python(environment, "-c", STATE)[1] == "True []\n"
+    assert python(environment, "-I", "-c", STATE)[1] == "True []\n"
+    before = python(environment, "-c", "import sys; print(sys.path)", MEGATRON_SP_FIX="0")
+    assert launch.folder() not in before[1]
+    assert fix(environment, "disable")[:2] == (0, f"removed {file}\n") and not file.exists()
+    assert fix(environment, "disable")[:2] == (0, "nothing to remove: it was not enabled\n")
+    assert python(environment, "-c", STATE)[1] == "False []\n"
+
+
+def test_enable_where_nothing_will_be_patched(environment):
+    code, out, error = fix(environment, "enable", MEGATRON_SP_FIX="0")
+    assert code == 1 and "import hook: none" in out and "would run unpatched" in error
+
+
+def test_somebody_elses_file_is_left(environment, packages):
+    file = packages / "megatron_sp_fix.pth"
+    file.write_text("import os  # not ours\n")
+    for command in ("enable", "disable"):
+        code, _, error = fix(environment, command)
+        assert code == 1 and error.count("\n") == 1 and "is left" in error
+    assert file.read_text() == "import os  # not ours\n"
+
+
+def test_a_folder_that_cannot_be_written(monkeypatch):
+    monkeypatch.setattr("sysconfig.get_path", lambda name: "/proc")
+    with pytest.raises(megatron_sp_fix.StartupError, match="enable it as the owner"):
+        megatron_sp_fix.enable()
+
+
+def test_silent_once_the_package_is_gone(environment, packages, monkeypatch):
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(packages))
+    monkeypatch.setattr(launch, "folder", lambda: "/nowhere/it's/gone")
+    launch.enable()
+    assert python(environment, "-c", STATE) == (0, "False []\n", "")
