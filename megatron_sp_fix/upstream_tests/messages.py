@@ -114,12 +114,12 @@ def message(name: str, files: dict[str, str]) -> tuple[str, str]:
     step = "def forward_single_position" in files[core.MTP]
     today, changes = "", ""
     if decoders:
-        today = f"\nToday {models} scatter by themselves, and keep a view.\n"
+        today = f"\nToday {models} scatter by themselves, and hand on a view.\n"
         changes += _FLAGLESS.format(models=models)
     else:
         today = f"\nToday {models} do not, and run on all rows on every rank.\n"
     if training:
-        today += "Multi-token prediction does so in training, and keeps a view.\n"
+        today += "Multi-token prediction does so in training, and hands on a view.\n"
     else:
         today += "Multi-token prediction does not scatter in training.\n"
     if step:
