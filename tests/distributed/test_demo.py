@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The demonstration, and its ranks: those that do not answer, die or are left behind."""
 
+import contextlib
 import json
 import os
 import signal
@@ -119,6 +120,8 @@ def test_no_rank_outlives_the_pool(tmp_path, by):
             pool.send_signal(by)
         assert len(ranks) == 2
         left = psutil.wait_procs(ranks, timeout=60)[1]
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            pool.wait(60)
         pool.kill()
         assert left == []
         # A traceback of Ctrl-C is the pool's own, not each rank's.
