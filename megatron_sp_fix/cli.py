@@ -57,7 +57,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         sys.stdout.flush()
     except (UnsupportedMegatronError, launch.StartupError) as error:
         return _say(error)
-    except ValueError as error:
+    except ValueError as error:  # what was asked for makes no sense
         arguments.parser.error(str(error))
     except KeyboardInterrupt:
         return 130
@@ -78,7 +78,7 @@ def _run(arguments: argparse.Namespace) -> int:
         print(launch.folder())
         return 0
     if not arguments.command:
-        arguments.parser.error("name a command, a script, or -m and a module")
+        raise ValueError("name a command, a script, or -m and a module")
     launch.run(arguments.command, arguments.also)
 
 
@@ -136,7 +136,7 @@ def _audit(arguments: argparse.Namespace) -> int:
     """Apply the fix, build a model, and list its towers: covered or not."""
     module, _, name = arguments.factory.partition(":")
     if not name:
-        arguments.parser.error(f"{arguments.factory} is not MODULE:FACTORY")
+        raise ValueError(f"{arguments.factory} is not MODULE:FACTORY")
     sys.path.insert(0, "")
     apply()
     try:

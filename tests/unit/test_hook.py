@@ -93,6 +93,19 @@ def test_patched_as_imported_and_said_once_by_rank_0(variables, lines):
     assert all(line.endswith(where) for line in said)
 
 
+def test_eagle():
+    """ModelOpt's, whose module `apply_to` names by itself."""
+    pytest.importorskip("modelopt")
+    (name,) = hook.MODULES - {site.module for site in sites.SITES}
+
+    def function():
+        methods = vars(load(name)._DynamicEagleGPTModel)
+        assert hasattr(methods["_base_model_forward"], "__wrapped__")
+
+    status, text = child(function)
+    assert status == 0, text
+
+
 def test_reload_patches_anew():
     def function():
         importlib.reload(load())
