@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The demonstration, and its ranks: those that do not answer, die or are left behind."""
 
+import contextlib
 import json
 import os
 import signal
@@ -87,10 +88,12 @@ def test_ranks_that_do_not_answer_and_that_died():
 
 LEFT_BEHIND = """
 import os
+import signal
 import test_demo
 from megatron_sp_fix.demo.ranks import Ranks
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` has it ignored
     with Ranks(2, tp=2) as ranks:
         print(*ranks.run(os.getpid), flush=True)
         ranks.run(test_demo.stuck, timeout=3600)
@@ -116,6 +119,10 @@ def test_no_rank_outlives_the_pool(tmp_path, by):
         else:
             pool.send_signal(by)
         assert len(ranks) == 2
-        assert psutil.wait_procs(ranks, timeout=30)[1] == []
+        left = psutil.wait_procs(ranks, timeout=60)[1]
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            pool.wait(60)
+        pool.kill()
+        assert left == []
         # A traceback of Ctrl-C is the pool's own, not each rank's.
         assert pool.stderr.read().count("Traceback") == (1 if by == signal.SIGINT else 0)
