@@ -20,7 +20,7 @@ from megatron_sp_fix.upstream_tests import core
 
 MATRIX = Path(__file__).parents[2] / ".cache/matrix"
 CHECKOUT = os.environ.get("MEGATRON_LM", "")
-RELEASES = sorted(path.name for path in MATRIX.glob("*")) if MATRIX.is_dir() else []
+RELEASES = sorted(path.name for path in MATRIX.glob("*") if re.fullmatch(r"[0-9.]+", path.name))
 TAGS = ["HEAD", *(f"core_v0.{minor}.0" for minor in range(12, 20))] if CHECKOUT else []
 GPT = "megatron/core/models/gpt/gpt_model.py"
 MTP = "megatron/core/transformer/multi_token_prediction.py"
