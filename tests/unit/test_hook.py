@@ -141,7 +141,7 @@ def test_a_failure_raises_at_every_import_and_leaves_megatron_core_as_it_was():
     def function():
         too_new()
         for _ in range(2):
-            with pytest.raises(sites.UnsupportedMegatronError, match=r"older than 99\.0"):
+            with pytest.raises(sites.UnsupportedMegatronError, match="too old"):
                 load()
         assert not patching._patches
 
