@@ -30,6 +30,7 @@ class _Patch:
 
     def __init__(self, original: Any, found: Found) -> None:
         self.original, self.found, self.active = original, found, True
+        self.fix: Any = None
 
         def replacement(owner: Any, *args: Any, **kwargs: Any) -> Any:
             return (self._sharded if self.active else self._call)(owner, args, kwargs)
@@ -38,22 +39,23 @@ class _Patch:
 
     def _sharded(self, owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call the original with an embedding that returns shards, where it needs one."""
-        # Not before, since the hook runs while megatron-core is half loaded.
-        from .embedding import needs_shard, sharding, sharding_rows
+        if self.fix is None:  # not before, since the hook runs while megatron-core is half loaded
+            from . import embedding as fix
 
+            self.fix = fix
         if self.found.site.embeds == "self.embedding":
             given = self._argument("decoder_input", args, kwargs) is not None
-            if given or not needs_shard(owner, getattr(owner, "embedding", None)):
+            if given or not self.fix.needs_shard(owner, getattr(owner, "embedding", None)):
                 return self._call(owner, args, kwargs)
             context = self._argument("inference_context", args, kwargs)
             if context is None:
                 context = kwargs.get("inference_params")  # its old name, by keyword alone
             call = partial(self._call, owner, args, kwargs)
-            return sharding(owner, call, context, self.found.native != "own scatter")
+            return self.fix.sharding(owner, call, context, self.found.native != "own scatter")
         embedding = self._argument("embedding", args, kwargs)
         hidden_states = self._argument("hidden_states", args, kwargs)
         if embedding is not None and hidden_states is not None:
-            embedding = sharding_rows(owner, embedding, hidden_states)
+            embedding = self.fix.sharding_rows(owner, embedding, hidden_states)
             at = self.found.parameters.index("embedding")
             if at < len(args):
                 args = (*args[:at], embedding, *args[at + 1 :])
@@ -121,34 +123,43 @@ def apply(*, also: Iterable[Union[type, str]] = ()) -> tuple[str, ...]:
         UnsupportedMegatronError: megatron-core is missing, too old or not recognized, or what
             `also` names is not there. Nothing has been replaced then.
     """
-    return tuple(map(_name, _apply(also)))
-
-
-def _apply(also: Iterable[Union[type, str]]) -> list[_Key]:
-    global _removed
     found, remark = supported(installed_root())
     if remark:
-        warnings.warn(remark, stacklevel=3)
-    targets = []
-    for row in found:
-        try:
-            module = importlib.import_module(row.site.module)
-        except ImportError:  # as 0.12's MambaModel without Transformer Engine: nobody can use it
-            continue
-        targets.append((_class(module, row.site.cls), row))
-    targets += [_also(name) for name in (*also, *_eagle())]
-    _removed = False
-    return _replace(targets)
+        warnings.warn(remark, stacklevel=2)
+    return _apply([*found], also)
 
 
 def apply_to(module: str, also: Iterable[str] = ()) -> tuple[str, ...]:
     """Do what :func:`apply` does for one module, which has just been loaded; import no other."""
-    if _removed:
-        return ()
-    found = [row for row in supported(installed_root())[0] if row.site.module == module]
-    targets = [(_class(sys.modules[module], row.site.cls), row) for row in found]
-    targets += [_also(name) for name in (*also, *_eagle()) if name.split(":")[0] == module]
-    return tuple(map(_name, _replace(targets)))
+    rows = [row for row in supported(installed_root())[0] if row.site.module == module]
+    return () if _removed else _apply(rows, also, module)
+
+
+def _apply(rows: list[Found], also: Iterable[Union[type, str]], only: str = "") -> tuple[str, ...]:
+    global _removed
+    targets = []
+    for row in rows:
+        try:
+            module = importlib.import_module(row.site.module)
+        except ImportError:  # as 0.12's MambaModel without Transformer Engine: nobody can use it
+            continue
+        targets.append((_class(module, row.site.cls, row.site.method), row))
+    for name in (*also, *_eagle()):
+        if not only or str(name).startswith(f"{only}:"):
+            targets.append(_also(name))
+    replaced = []
+    with _lock:  # whatever can fail has been done: all are replaced, or none
+        for owner, found in targets:
+            key = owner, found.site.method
+            current, patch = vars(owner)[key[1]], _patches.get(key)
+            if found.native != "this fix" and _state(current, patch) != "patched":
+                if patch:
+                    patch.active = False  # lost, or below something that hides it
+                patch = _patches[key] = _Patch(current, found)
+                setattr(*key, patch.replacement)
+                replaced.append(_name(key))
+        _removed = False
+    return tuple(replaced)
 
 
 def remove() -> tuple[str, ...]:
@@ -165,11 +176,13 @@ def remove() -> tuple[str, ...]:
 @contextmanager
 def applied(*, also: Iterable[Union[type, str]] = ()) -> Iterator[None]:
     """Apply for the length of a ``with`` block, which then puts back what it has replaced."""
-    keys = _apply(also)
+    before = set(_patches.values())
+    apply(also=also)
+    mine = [key for key, patch in _patches.items() if patch not in before]
     try:
         yield
     finally:
-        _restore(keys)
+        _restore(mine)
 
 
 def status() -> Status:
@@ -181,14 +194,14 @@ def status() -> Status:
     root = installed_root()
     rows = []
     for site, native, _ in supported(root)[0]:
-        cls = getattr(sys.modules.get(site.module), site.cls, None)
-        current = vars(cls).get(site.method) if isinstance(cls, type) else None
         state, by = "not imported", ""
         if native == "this fix":
             state = native
-        elif isinstance(cls, type):
+        elif cls := _owner(sys.modules.get(site.module), site.cls, site.method):
+            current = vars(cls)[site.method]
             state = _state(current, _patches.get((cls, site.method)))
-            home = getattr(current, "__globals__", {}).get("__name__", type(current).__module__)
+            plain = type(current) is FunctionType  # other objects may forward `__globals__`
+            home = current.__globals__["__name__"] if plain else type(current).__module__
             by = {site.module: "", __name__: "megatron_sp_fix"}.get(home, home)
         rows.append(SiteStatus(site.name, native, state, by))
     return Status(".".join(map(str, version(root))), str(root), tuple(rows))
@@ -198,29 +211,33 @@ def _state(current: Any, patch: Optional[_Patch]) -> str:
     """Whether calling what stands in a class reaches the replacement, as far as can be seen."""
     if patch is None or current is patch.original:
         return "not patched"
-    seen: list[Any] = []
+    seen: dict[int, Any] = {}
     left = [current]
     while left:
         one = left.pop()
         if one is patch.replacement:
             return "patched"
-        if not any(one is other for other in seen):
-            seen.append(one)
-            left += [
-                getattr(c, "cell_contents", None) for c in getattr(one, "__closure__", None) or ()
-            ]
+        if id(one) not in seen:
+            seen[id(one)] = one
+            cells = getattr(one, "__closure__", None) or ()
+            left += [getattr(cell, "cell_contents", None) for cell in cells]
             left += [getattr(one, name, None) for name in ("__wrapped__", "__func__", "func")]
     return "cannot tell"
 
 
-def _class(module: ModuleType, name: str) -> type:
-    cls = getattr(module, name, None)
-    if not isinstance(cls, type):
-        raise UnsupportedMegatronError(
-            f"{module.__name__} has no class {name}: it is a stub, or is being imported just now "
-            "(apply() has to be called before or after that)"
-        )
-    return cls
+def _owner(module: Any, name: str, method: str) -> Optional[type]:
+    """The class of that name in a module, or the one of its bases that has the method."""
+    classes = getattr(getattr(module, name, None), "__mro__", ())
+    return next((cls for cls in classes if method in vars(cls)), None)
+
+
+def _class(module: ModuleType, name: str, method: str = "__module__") -> type:
+    if cls := _owner(module, name, method):
+        return cls
+    raise UnsupportedMegatronError(
+        f"{module.__name__} has no class {name} with that method: it is a stub, or is being "
+        "imported just now (call apply() before or after that)"
+    )
 
 
 def _also(name: Union[type, str]) -> tuple[type, Found]:
@@ -258,30 +275,11 @@ def _name(key: _Key) -> str:
     return f"{key[0].__module__}.{key[0].__qualname__}.{key[1]}"
 
 
-def _replace(targets: list[tuple[type, Found]]) -> list[_Key]:
-    """Replace the methods, all or none: whatever can fail has been done before."""
-    with _lock:
-        replaced = []
-        for owner, found in targets:
-            key = owner, found.site.method
-            current, patch = vars(owner)[key[1]], _patches.get(key)
-            if found.native == "this fix" or _state(current, patch) == "patched":
-                continue
-            if patch:
-                patch.active = False  # lost, or below something that hides it
-            patch = _patches[key] = _Patch(current, found)
-            setattr(*key, patch.replacement)
-            replaced.append(key)
-        return replaced
-
-
 def _restore(keys: list[_Key]) -> tuple[str, ...]:
     with _lock:
         restored = []
-        for key in keys:
-            patch = _patches.pop(key, None)
-            if patch is None:
-                continue
+        for key in filter(_patches.__contains__, keys):
+            patch = _patches.pop(key)
             patch.active = False
             if vars(key[0]).get(key[1]) is patch.replacement:
                 setattr(*key, patch.original)

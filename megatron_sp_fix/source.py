@@ -296,9 +296,9 @@ def _add_tests(files: _Files, part: str) -> None:
         names = [alias.name for alias in node.names]
         text = _with_import(text, node.module or "", names)
     end = _end(_lines(text))
-    rows = _lines(source)[imports[-1].end_lineno or 0 :]
+    code = "".join(_lines(source)[imports[-1].end_lineno or 0 :]).strip() + "\n"
     text += "" if text.endswith("\n") else end
-    files[core.EMBEDDING_TESTS] = text + "".join(rows).replace("\n", end)
+    files[core.EMBEDDING_TESTS] = text + ("\n\n" + code).replace("\n", end)
 
 
 def _variant(files: _Files, text: str) -> str:

@@ -32,7 +32,7 @@ _EMBEDS = r"\1(input_ids=\2, position_ids=position_ids)"
 _NEVER = r"if False and _runs_own_forward(embedding, LanguageModelEmbedding)"
 
 _ADDED_TO_MTP = "test_get_embeddings_scatters_when_embedding_does_not"
-_ADDED = f"{_ADDED_TO_MTP} or Padding or Tower"
+_ADDED = f"{_ADDED_TO_MTP} or PaddingRows or Tower"
 
 
 class Mutation(NamedTuple):

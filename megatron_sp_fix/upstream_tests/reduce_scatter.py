@@ -10,9 +10,8 @@ class TestTowerReduceScatters(_TwoRanks):
     @staticmethod
     def _embed(model):
         batch = _batch()
-        group = parallel_state.get_tensor_model_parallel_group()
         return scatter_embeddings(
-            model.embedding, batch['input_ids'], batch['position_ids'], model.config, group
+            model.embedding, batch['input_ids'], batch['position_ids'], model.config
         )
 
     @staticmethod

@@ -85,6 +85,25 @@ def shadow(model, embedding):
     model.__dict__["embedding"] = embedding
 
 
+@contextlib.contextmanager
+def random_state():
+    """Where there is no GPU, let a checkpoint save and restore the CPU's random state alone."""
+    if torch.distributed.get_backend() == "nccl":
+        yield
+        return
+    random = tensor_parallel.random
+    names = [
+        name for name in vars(random) if name in ("_get_cuda_rng_state", "_set_cuda_rng_state")
+    ]
+    get_state = torch.cuda.get_rng_state
+    torch.cuda.get_rng_state = torch.get_rng_state  # as older releases call it
+    try:
+        with instead(random, **dict.fromkeys(names, lambda *_, **__: None)):
+            yield
+    finally:
+        torch.cuda.get_rng_state = get_state
+
+
 class NoDecoder(torch.nn.Module):
     def forward(self, hidden_states, **_):
         return hidden_states

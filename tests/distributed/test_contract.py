@@ -230,9 +230,6 @@ def lives(model, data, infer):
 
     hooks = [model.decoder.register_forward_pre_hook(keep, with_kwargs=True)]
     for layer in model.decoder.layers:
-        hooks.append(layer.register_forward_pre_hook(lambda *_: alive.append(inputs[0]())))
-        # The layer's own input is in the layer's hands, and of the first it is the decoder's.
-        hooks[-1].remove()
         hooks.append(
             layer.register_forward_pre_hook(lambda *_: alive.append(inputs[0]() is not None))
         )
@@ -335,8 +332,8 @@ ON_ONE_RANK = {
         model.embedding.word_embeddings.register_forward_pre_hook(lambda *_: None)
     ),
     "attribute": lambda model: setattr(model.embedding, "calls", 0),
-    "backward hook": lambda model: (
-        model.embedding.word_embeddings.register_full_backward_hook(lambda *_: None)
+    "backward hook": lambda model: model.embedding.word_embeddings.register_full_backward_hook(
+        lambda *_: None
     ),
 }
 
@@ -399,7 +396,9 @@ def test_rule_5_outer_model_sees_no_change(kind, where):
                 out = models.step(model, data)
         assert torch.equal(tower.embedding(**ids), full)
     assert changed[0] == changed[1]
-    assert not any("embedding" in name or attribute == "embedding" for name, attribute in changed[1])
+    assert not any(
+        "embedding" in name or attribute == "embedding" for name, attribute in changed[1]
+    )
     assert torch.equal(tower.embedding(**ids), full)
     check_shard(out["shard"], LENGTH)
 
@@ -408,7 +407,8 @@ def test_rule_5_outer_model_sees_no_change(kind, where):
 @on_two_ranks
 def test_rule_5_an_embedding_assigned_in_the_call_stays(kind):
     _, tower = models.pair(kind)
-    real, mine = tower.embedding, common.Wrapper(tower.embedding, False)
+    real, mine = tower.embedding, common.Wrapper(tower.embedding, True)
+    mine.scatter_to_sequence_parallel = True  # which 0.19 asks after the call
 
     def assign(*_):
         common.shadow(tower, mine)
@@ -505,7 +505,9 @@ def test_rule_7_replaced_for_the_class(kind, name, when):
     expected = models.step(plain, data)
     cls, forward = CLASS_WIDE[name]
     with contextlib.ExitStack() as stack:
-        for context in (common.instead(cls, forward=forward), fix())[:: 1 if when == "before" else -1]:
+        for context in (common.instead(cls, forward=forward), fix())[
+            :: 1 if when == "before" else -1
+        ]:
             stack.enter_context(context)
         actual = models.step(tower, data)
     check_same(expected, actual)
@@ -702,9 +704,7 @@ def test_rule_8_token_types():
             num_tokentypes=2,
             scatter_to_sequence_parallel=real.scatter_to_sequence_parallel,
         ).to(data_device())
-        model.embedding.load_state_dict(
-            {**model.embedding.state_dict(), **real.state_dict()}
-        )
+        model.embedding.load_state_dict({**model.embedding.state_dict(), **real.state_dict()})
 
     def use(embedding, ids, positions):
         return embedding(ids, positions, tokentype_ids=ids % 2)
@@ -807,17 +807,20 @@ def test_rule_9_hooks(kind, event):
     with fix():
         actual, seen = with_hooks(tower, data, event, False)
     check_same(expected, actual)
+    if event == "backward":  # they fire with the output's gradient, which two modules may share
+        seen.sort(), before.sort()
     assert seen == before and len(seen) >= 2
 
 
 @pytest.mark.parametrize(
     "event", ["forward_pre", "forward", "forward always", "full_backward", "full_backward_pre"]
 )
-@every_kind
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "mtp"])
 @on_two_ranks
 def test_rule_9_global_hooks(kind, event):
     plain, tower = models.pair(kind)
     data = models.batch(LENGTH)
+    del data["labels"]  # the loss overwrites logits, which a global backward hook made a view
     expected, before = with_hooks(plain, data, event, True)
     with fix():
         actual, seen = with_hooks(tower, data, event, True)
@@ -904,7 +907,8 @@ def test_rule_9_changes_of_the_embedding(kind, change):
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "hybrid"])
 @on_two_ranks
 def test_rule_9_recomputation(kind, config):
-    same_numbers(kind, config={**config, "hidden_dropout": 0.5})
+    with common.random_state():
+        same_numbers(kind, config={**config, "hidden_dropout": 0.5})
 
 
 takes_mask = pytest.mark.skipif(
@@ -986,14 +990,6 @@ def test_rule_9_padding_rows_by_either_name(kind, name):
     assert torch.equal(given[0], full.chunk(2)[common.tp_rank()])
 
 
-def step_or_error(model, data):
-    """The numbers of a step, or why there are none."""
-    try:
-        return models.step(model, data), ""
-    except Exception as error:
-        return None, f"{type(error).__name__}: {error}".splitlines()[0]
-
-
 def compiles_forward(model):
     model.forward = torch.compile(model.forward, backend="eager")
 
@@ -1031,20 +1027,37 @@ COMPILED = {
 }
 
 
+@contextlib.contextmanager
+def traceable():
+    """Let torch.compile trace what says which device this rank has: a plain function of ours."""
+    device = torch.cuda.current_device()
+
+    def current_device():
+        return device
+
+    torch._dynamo.reset()
+    torch.compile(lambda: torch.cuda.current_device, backend="eager")()  # knows its own by now
+    with common.instead(torch.cuda, current_device=current_device):
+        yield
+
+
 @pytest.mark.parametrize("how", COMPILED)
 @pytest.mark.on_ranks(tp=2, timeout=240)
 def test_rule_9_torch_compile(how):
-    plain, tower = models.pair("gpt", layers=1)
+    plain, tower = models.pair("gpt", layers=1, position="none")
+    common.keep_input_step(plain, tower)
     data = models.batch(LENGTH)
-    for model in (plain, tower):
-        COMPILED[how](model)
-    torch._dynamo.reset()
-    expected, error = step_or_error(plain, data)
-    if error:
-        pytest.skip(f"the plain LM does not compile: {error}")
-    with fix():
-        check_same(expected, models.step(tower, data))
-        check_same(expected, actual := models.step(tower, data))
+    with traceable():
+        for model in (plain, tower):
+            COMPILED[how](model)
+        try:
+            expected = models.step(plain, data)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            pytest.skip(f"the plain LM does not compile: {error}")
+        with fix():
+            for _ in range(2):
+                actual = models.step(tower, data)
+                assert not models.differences(expected, actual)
     check_shard(actual["shard"], LENGTH)
 
 
@@ -1081,7 +1094,9 @@ def test_rule_9_modelopt_quantizers():
     with fix():
         for model in models.pair("gpt"):
             quantization.quantize(
-                model, quantization.INT8_DEFAULT_CFG, lambda quantized: models.forward(quantized, data)
+                model,
+                quantization.INT8_DEFAULT_CFG,
+                lambda quantized: models.forward(quantized, data),
             )
             amax = {name: value for name, value in model.named_buffers() if "amax" in name}
             results.append({**models.step(model, data), **amax})
