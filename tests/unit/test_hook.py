@@ -261,7 +261,12 @@ def test_imports_in_threads():
     def function():
         for name in [n for n in sys.modules if n.startswith("megatron_sp_fix.p")]:
             del sys.modules[name]
-        names = (*hook.MODULES, "megatron_sp_fix.patching", "dataclasses", "wave")
+        names = (
+            *{site.module for site in sites.SITES},
+            "megatron_sp_fix.patching",
+            "dataclasses",
+            "wave",
+        )
         threads = [threading.Thread(target=_try, args=(n,), daemon=True) for n in names]
         [thread.start() for thread in threads]
         [thread.join(200) for thread in threads]
