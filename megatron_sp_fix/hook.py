@@ -94,8 +94,8 @@ class Finder:
                 self.check()
         except RuntimeError as error:
             _say(str(error))
+            sys.stdout.flush()
             if self.mode != "warn":
-                sys.stdout.flush()
                 os._exit(1)  # the only way to change the status by now
 
 

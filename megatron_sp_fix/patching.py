@@ -176,9 +176,8 @@ def remove() -> tuple[str, ...]:
 @contextmanager
 def applied(*, also: Iterable[Union[type, str]] = ()) -> Iterator[None]:
     """Apply for the length of a ``with`` block, which then puts back what it has replaced."""
-    before = set(_patches.values())
-    apply(also=also)
-    mine = [key for key, patch in _patches.items() if patch not in before]
+    names = apply(also=also)  # what the import hook patches meanwhile is not this block's
+    mine = [key for key in _patches if _name(key) in names]
     try:
         yield
     finally:

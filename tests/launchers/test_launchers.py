@@ -24,7 +24,7 @@ def launch(environment, command, *, under=()):
         cwd=environment.folder,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=600,
         check=False,
     )
     return done.returncode, done.stdout + done.stderr
