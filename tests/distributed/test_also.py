@@ -119,9 +119,9 @@ def test_a_model_that_embeds_by_itself(name, tp):
 def test_a_class_generated_without_source():
     space = {"rest": Whole.rest}
     exec(
-        "def forward(self, input_ids, position_ids, attention_mask, decoder_input=None, labels=None):"
-        "\n    embedded = self.embedding(input_ids, position_ids) if decoder_input is None else "
-        "decoder_input\n    return rest(self, embedded, input_ids.shape[1], attention_mask, labels)",
+        "def forward(self, ids, positions, mask, decoder_input=None, labels=None):\n"
+        "    embedded = self.embedding(ids, positions) if decoder_input is None else decoder_input\n"
+        "    return rest(self, embedded, ids.shape[1], mask, labels)",
         space,
     )
     plain, tower = pair(type("Generated", (GPTModel,), {"forward": space["forward"]}))
@@ -287,15 +287,19 @@ def eagle_pair():
 def test_modelopt_eagle3(outer):
     """Standalone; and under the outer model, where only the draft embeds."""
     plugin, plain, tower, data, mask = eagle_pair()
-    drafts = []
+    drafts, without = [], {"te_dot_product_attention_with_cp": lambda *_: contextlib.nullcontext()}
     for model in (plain, tower):
         model.eagle_module.enorm.register_forward_pre_hook(lambda _, args: drafts.append(args[0]))
-    with common.instead(plugin, te_dot_product_attention_with_cp=lambda *_: contextlib.nullcontext()):
+    with common.instead(
+        plugin, te_dot_product_attention_with_cp=lambda *_: contextlib.nullcontext()
+    ):
         given = {}
         if outer:
             ids = {"input_ids": data["input_ids"], "position_ids": data["position_ids"]}
             full = tower.embedding(**ids)
-            given["decoder_input"] = tensor_parallel.scatter_to_sequence_parallel_region(full).clone()
+            given["decoder_input"] = tensor_parallel.scatter_to_sequence_parallel_region(
+                full
+            ).clone()
         expected = models.step(plain, data, **mask)
         with fix():
             assert os.environ.get("UNPATCHED") or all(
@@ -312,7 +316,7 @@ def test_modelopt_eagle3(outer):
 @needs("modelopt")
 @pytest.mark.on_ranks(tp=2, timeout=240)
 def test_modelopt_eagle3_generates():
-    plugin, plain, tower, data, _ = eagle_pair()
+    _, plain, tower, data, _ = eagle_pair()
     plain.eval(), tower.eval()
     with torch.no_grad(), without_gpu():
         for length in (8, 7):  # one that it pads, too
@@ -327,13 +331,15 @@ def test_modelopt_eagle3_generates():
 @needs("modelopt")
 @pytest.mark.on_ranks(tp=2, timeout=240)
 def test_modelopt_eagle3_is_named_by_itself():
-    plugin, _, tower, _, _ = eagle_pair()
+    plugin, _, tower, *_ = eagle_pair()
     cls = plugin._DynamicEagleGPTModel
     names = ("_base_model_forward", "_get_eagle_module_inputs", "pseudo_speculative_generate")
     before = [vars(cls)[name] for name in names]
     if not os.environ.get("UNPATCHED"):
         replaced = megatron_sp_fix.apply()
-        assert [f"{plugin.__name__}.{cls.__name__}.{name}" in replaced for name in names] == [True] * 3
+        assert [f"{plugin.__name__}.{cls.__name__}.{name}" in replaced for name in names] == [
+            True
+        ] * 3
     try:
         assert audit(tower, strict=True)[0].verdict == "covered"
     finally:
