@@ -120,8 +120,8 @@ def test_a_class_generated_without_source():
     space = {"rest": Whole.rest}
     exec(
         "def forward(self, ids, positions, mask, decoder_input=None, labels=None):\n"
-        "    embedded = self.embedding(ids, positions) if decoder_input is None else decoder_input\n"
-        "    return rest(self, embedded, ids.shape[1], mask, labels)",
+        "    full = self.embedding(ids, positions) if decoder_input is None else decoder_input\n"
+        "    return rest(self, full, ids.shape[1], mask, labels)",
         space,
     )
     plain, tower = pair(type("Generated", (GPTModel,), {"forward": space["forward"]}))
@@ -287,7 +287,7 @@ def eagle_pair():
 def test_modelopt_eagle3(outer):
     """Standalone; and under the outer model, where only the draft embeds."""
     plugin, plain, tower, data, mask = eagle_pair()
-    drafts, without = [], {"te_dot_product_attention_with_cp": lambda *_: contextlib.nullcontext()}
+    drafts = []
     for model in (plain, tower):
         model.eagle_module.enorm.register_forward_pre_hook(lambda _, args: drafts.append(args[0]))
     with common.instead(
@@ -296,10 +296,8 @@ def test_modelopt_eagle3(outer):
         given = {}
         if outer:
             ids = {"input_ids": data["input_ids"], "position_ids": data["position_ids"]}
-            full = tower.embedding(**ids)
-            given["decoder_input"] = tensor_parallel.scatter_to_sequence_parallel_region(
-                full
-            ).clone()
+            shard = tensor_parallel.scatter_to_sequence_parallel_region(tower.embedding(**ids))
+            given["decoder_input"] = shard.clone()
         expected = models.step(plain, data, **mask)
         with fix():
             assert os.environ.get("UNPATCHED") or all(
