@@ -116,7 +116,7 @@ def keep_input_step(*towers):
 
 
 def snapshot(model):
-    """The class and the attributes of every module; of dicts, such as the hooks, what is in them."""
+    """Class and attributes of every module; of dicts, such as the hooks, what is in them."""
     return {
         (name, key): dict(value) if isinstance(value, dict) else value
         for name, module in model.named_modules()

@@ -112,7 +112,7 @@ def test_rule_12_signature_name_and_pickle_are_the_originals():
 
 
 def test_rule_12_wrong_arguments_fail_as_the_original_does():
-    owner, method = first()
+    method = ROW.method
     with megatron_sp_fix.applied(), pytest.raises(TypeError, match="unexpected keyword argument"):
         getattr(tower(), method)(no_such_argument=1)
 
@@ -212,12 +212,6 @@ def test_rule_12_a_later_patch_stays_and_is_named():
         with pytest.warns(UserWarning, match=rf"{owner.__name__}.{method} carries a later patch"):
             assert f"{owner.__qualname__}.{method}" not in " ".join(megatron_sp_fix.remove())
         assert vars(owner)[method] is theirs and state() == ("not patched", __name__)
-        # What is below theirs is off: the caller's own embedding is there.
-        seen = []
-        with mock.patch.object(sys.modules["megatron_sp_fix.patching"]._Patch, "_sharded") as acted:
-            with contextlib.suppress(Exception):
-                theirs(tower())
-        assert not acted.called and not seen
         assert len(megatron_sp_fix.apply()) == len(objects()) and state()[0] == "patched"
         megatron_sp_fix.remove()
         assert vars(owner)[method] is theirs
@@ -367,7 +361,9 @@ def test_also_takes_classes_and_strings():
     made = generated()
     replaced = megatron_sp_fix.apply(also=[Own, f"{__name__}:Own", f"{__name__}:Own.draft", made])
     mine = [name for name in replaced if __name__ in name]
-    assert mine == [f"{__name__}.{name}" for name in ("Own.forward", "Own.draft", "Generated.forward")]
+    assert mine == [
+        f"{__name__}.{name}" for name in ("Own.forward", "Own.draft", "Generated.forward")
+    ]
     own = Own()
     assert own.forward(None) == own.draft(None) == made().forward(None).__name__ == "Sharding"
     assert own.forward(None, "given") == own.forward(None, decoder_input=0) == "SimpleNamespace"
@@ -414,7 +410,9 @@ def test_rule_13_status():
     for row, (_, native, _) in zip(found.sites, FOUND):
         ours = any(name.endswith(f".{row.name}") for name in replaced)
         assert row.native == native
-        assert (row.state, row.by) == (("patched", "megatron_sp_fix") if ours else ("not imported", ""))
+        assert (row.state, row.by) == (
+            ("patched", "megatron_sp_fix") if ours else ("not imported", "")
+        )
 
 
 def test_rule_13_status_of_what_is_not_imported():

@@ -2,90 +2,146 @@
 """The table of call sites, against the installed megatron-core and damaged copies of it."""
 
 import shutil
-from pathlib import Path
+import sys
 
 import pytest
 
 from megatron_sp_fix import UnsupportedMegatronError, sites
 
+ROOT = sites.installed_root()
+RELEASE = sites.version(ROOT)
+FOUND = {row.site.role: row for row in sites.supported(ROOT)[0]}
+
+
+def path(root, module):
+    return root / (module.replace(".", "/") + ".py")
+
 
 @pytest.fixture
 def tree(tmp_path):
     """A copy of the files that the table reads."""
-    installed = sites.installed_root()
-    for path in {site.path for site in sites.SITES} | {"megatron/core/package_info.py"}:
-        if (installed / path).is_file():
-            (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(installed / path, tmp_path / path)
+    for module in {site.module for site in sites.SITES} | {"megatron.core.package_info"}:
+        if path(ROOT, module).is_file():
+            path(tmp_path, module).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path(ROOT, module), path(tmp_path, module))
     return tmp_path
 
 
-def set_version(tree: Path, release: str):
-    major, minor, patch = release.split(".")
-    (tree / "megatron/core/package_info.py").write_text(
-        f"MAJOR = {major}\nMINOR = {minor}\nPATCH = {patch}\n"
-    )
+def set_version(tree, release):
+    text = "MAJOR = {}\nMINOR = {}\nPATCH = {}\n".format(*release.split("."))
+    path(tree, "megatron.core.package_info").write_text(text)
 
 
-def test_installed_release_is_recognized():
-    root = sites.installed_root()
-    found = {match.site.role: match for match in sites.find(root)}
-    assert found.keys() >= {"GPT decoder", "hybrid decoder", "MTP"}
-    release = sites.version(root)
-    assert ("MTP single step" in found) == (release >= (0, 17))
-    assert (found["GPT decoder"].form == "native") == (release >= (0, 19))
-    for match in found.values():
-        assert match.parameters[:2] in (
-            ("input_ids", "position_ids"),
-            ("hidden_states", "next_token_ids"),
-        )
+def edit(tree, role, old, new):
+    """Replace text in the file of a call site."""
+    file = path(tree, FOUND[role].site.module)
+    before = file.read_text()
+    assert old in before
+    file.write_text(before.replace(old, new))
+    return file
 
 
-def test_unrecognized_site_is_named(tree):
-    for site in sites.SITES:
-        path = tree / site.path
-        if site.role == "MTP" and path.is_file():
-            text = path.read_text()
-            path.write_text(text.replace("decoder_input = embedding(", "decoder_input = embed("))
-    with pytest.raises(UnsupportedMegatronError, match=r"multi_token_prediction.py: \w+\.\w+"):
-        sites.find(tree)
+def test_the_installed_release_is_recognized():
+    assert list(FOUND)[:3] == ["GPT decoder", "hybrid decoder", "MTP"]
+    assert ("hand on" in FOUND) == (RELEASE >= (0, 14))
+    assert ("MTP single step" in FOUND) == (RELEASE >= (0, 17))
+    for role, (site, native, parameters) in FOUND.items():
+        expected = "own scatter" if role == "GPT decoder" and RELEASE >= (0, 19) else "no shard"
+        assert native == expected or RELEASE >= (0, 19), (role, native)
+        needed = "decoder_input" if site.embeds == "self.embedding" else "embedding"
+        assert needed in parameters and "self" not in parameters
+    assert sites.supported(ROOT)[1] == ""
 
 
-def test_missing_file_is_named(tree):
-    (tree / "megatron/core/models/gpt/gpt_model.py").unlink()
-    with pytest.raises(UnsupportedMegatronError, match=r"gpt_model.py: GPTModel"):
-        sites.find(tree)
+def test_nothing_is_run_or_imported(tree):
+    for role in FOUND:
+        file = path(tree, FOUND[role].site.module)
+        file.write_text(file.read_text() + "\nraise SystemExit('run')\n")
+    before = set(sys.modules)
+    assert [row.site.role for row in sites.supported(tree)[0]] == list(FOUND)
+    assert set(sys.modules) == before
+
+
+@pytest.mark.parametrize("role", ["GPT decoder", "hybrid decoder", "MTP"])
+def test_a_site_that_is_not_recognized_is_named(tree, role):
+    """A fork embeds by another call: the error names the file, the methods and what to do."""
+    called = FOUND[role].site.embeds
+    edit(tree, role, f"{called}(input_ids=", f"{called}(ids=")
+    site = FOUND[role].site
+    with pytest.raises(UnsupportedMegatronError, match=rf"{site.module}: {site.name}") as error:
+        sites.supported(tree)
+    text = str(error.value)
+    assert "\n" not in text and str(tree) in text and "sites.py" in text and called in text
+
+
+@pytest.mark.parametrize("damage", ["class", "method", "file"])
+def test_a_site_that_is_gone_is_named(tree, damage):
+    site = FOUND["GPT decoder"].site
+    if damage == "file":
+        path(tree, site.module).unlink()
+    elif damage == "class":
+        edit(tree, "GPT decoder", f"class {site.cls}(", "class Renamed(")
+    else:
+        edit(tree, "GPT decoder", f"def {site.method}(", "def renamed(")
+    with pytest.raises(UnsupportedMegatronError, match=rf"{site.module}: {site.cls}\.\w+"):
+        sites.supported(tree)
+
+
+def test_a_role_that_a_release_lacks_may_be_missing(tree):
+    if "hand on" not in FOUND:
+        pytest.skip("this release lacks it already")
+    site = FOUND["hand on"].site
+    file = path(tree, site.module)
+    text = file.read_text()
+    at = text.index(f"class {site.cls}(")
+    file.write_text(text[:at] + text[at:].replace(f"def {site.method}(", "def renamed(", 1))
+    expected = [role for role in FOUND if role != "hand on"]
+    assert [row.site.role for row in sites.supported(tree)[0]] == expected
+
+
+@pytest.mark.parametrize("data", [b"def (:\n", b"x = '\xff'\n", b"x = 'a\x00b'\n"])
+def test_a_file_that_cannot_be_read_is_named_in_one_line(tree, data):
+    file = path(tree, FOUND["GPT decoder"].site.module)
+    file.write_bytes(data)
+    with pytest.raises(UnsupportedMegatronError, match="cannot be read by this Python") as error:
+        sites.supported(tree)
+    assert str(file) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_tree_that_was_patched_in_its_source(tree):
+    """It calls the function that `diff` adds, whatever else it does."""
+    called = "self.embedding(input_ids="
+    edit(tree, "GPT decoder", called, "scatter_embeddings(self.embedding, input_ids=")
+    assert sites.supported(tree)[0][0].native == "this fix"
 
 
 def test_no_tree(tmp_path):
-    with pytest.raises(UnsupportedMegatronError, match="no megatron-core source tree at"):
+    with pytest.raises(UnsupportedMegatronError, match=f"no megatron-core at {tmp_path}"):
         sites.version(tmp_path)
 
 
 def test_no_version(tree):
-    (tree / "megatron/core/package_info.py").write_text("")
-    with pytest.raises(UnsupportedMegatronError, match="does not state MAJOR"):
-        sites.version(tree)
+    path(tree, "megatron.core.package_info").write_text("")
+    with pytest.raises(UnsupportedMegatronError, match="states no version"):
+        sites.supported(tree)
 
 
 @pytest.mark.parametrize("release", ["0.11.0", "0.12.0", "0.19.2", "0.20.0"])
-def test_supported_range(tree, release, recwarn):
-    from megatron_sp_fix import runtime
-
+def test_supported_range(tree, release):
     set_version(tree, release)
     if release == "0.11.0":
-        with pytest.raises(UnsupportedMegatronError, match=r"0\.11\.0 at .* older than 0\.12"):
-            runtime._supported(tree)
+        with pytest.raises(UnsupportedMegatronError, match=r"0\.11\.0 at .* 0\.12 to 0\.19"):
+            sites.supported(tree)
         return
-    assert len(runtime._supported(tree)) >= 3
-    newer = [w for w in recwarn if "newer than 0.19" in str(w.message)]
-    assert len(newer) == (release == "0.20.0")
+    found, remark = sites.supported(tree)
+    assert len(found) == len(FOUND)
+    assert ("0.20.0" in remark and "newer than 0.19" in remark) == (release == "0.20.0")
+    assert remark or release != "0.20.0"
 
 
-def test_newer_release_that_is_not_recognized(tree):
-    from megatron_sp_fix import runtime
-
-    set_version(tree, "0.20.0")
-    (tree / "megatron/core/models/gpt/gpt_model.py").write_text("class GPTModel: ...\n")
-    with pytest.raises(UnsupportedMegatronError, match=r"0\.20\.0.*GPTModel\._preprocess"):
-        runtime._supported(tree)
+def test_not_installed(monkeypatch):
+    for name in [name for name in sys.modules if name.split(".")[0] == "megatron"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [])
+    with pytest.raises(UnsupportedMegatronError, match="pip install megatron-core"):
+        sites.installed_root()
