@@ -54,7 +54,6 @@ _MTP_TRAINING = (  # the block's in 0.12 and 0.13
     f"{MTP}: MultiTokenPredictionLayer._get_embeddings | {MTP}: MultiTokenPredictionBlock.forward"
 )
 _MTP_STEP = f"{MTP}: MultiTokenPredictionLayer.forward_single_position"  # 0.17 on
-_INIT = f"{EMBEDDING}: LanguageModelEmbedding.__init__"
 _FORWARD = f"{EMBEDDING}: LanguageModelEmbedding.forward"
 _WORDS = f"{_LAYERS}: VocabParallelEmbedding.forward"
 
@@ -220,7 +219,12 @@ if scatter_to_sequence_parallel is None:
     {old}
 else:
     scatter = scatter_to_sequence_parallel
-    reduce_scatter = self._reduce_scatters(scatter)
+    reduce_scatter = (
+        scatter
+        and not self.add_position_embedding
+        and self.num_tokentypes <= 0
+        and self.config.sequence_parallel
+    )
     word_embeddings = self.word_embeddings(
         input_ids, reduce_scatter_embeddings=reduce_scatter
     )"""
@@ -253,8 +257,6 @@ if _runs_own_forward(embedding, LanguageModelEmbedding) and _runs_own_forward(
     )
 {old}"""
 
-_CONDITIONS = "not self.add_position_embedding and self.num_tokentypes <= 0"
-
 REDUCE_SCATTER = (
     Change(
         _WORDS,
@@ -282,23 +284,6 @@ REDUCE_SCATTER = (
         "if reduce_scatter_embeddings is None:\n"
         "    reduce_scatter_embeddings = self.reduce_scatter_embeddings\n{old}",
         "reduce_scatter_embeddings is None",
-    ),
-    Change(
-        _INIT,
-        f"self.reduce_scatter_embeddings = {_CONDITIONS} and self.config.sequence_parallel "
-        "and self.scatter_to_sequence_parallel",
-        "self.reduce_scatter_embeddings = self._reduce_scatters(self.scatter_to_sequence_parallel)",
-        "self._reduce_scatters(",
-    ),
-    Change(
-        f"{EMBEDDING}: LanguageModelEmbedding",
-        "def __init__",
-        "{old}\n\ndef _reduce_scatters(self, scatter: bool) -> bool:\n"
-        '    """Whether the word embeddings are all there is to scatter."""\n'
-        "    return (\n        not self.add_position_embedding\n"
-        "        and self.num_tokentypes <= 0\n        and self.config.sequence_parallel\n"
-        "        and scatter\n    )",
-        "def _reduce_scatters",
     ),
     Change(
         _FORWARD,
@@ -335,7 +320,7 @@ REDUCE_SCATTER = (
         _FORWARD,
         "word_embeddings = self.word_embeddings(input_ids)",
         _WITH_SCATTER,
-        "self._reduce_scatters(",
+        "scatter = scatter_to_sequence_parallel",
     ),
     Change(
         f"{EMBEDDING}: scatter_embeddings",
