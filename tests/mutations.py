@@ -65,7 +65,6 @@ MUTATIONS = (
         r"return tensor_parallel.scatter_to_sequence_parallel_region(embedding(\1))",
     ),
     Mutation("a view", _EMBEDDING, r"embeddings\.clone\(\) if config.*", "embeddings"),
-    Mutation("a view, of a stock embedding", _EMBEDDING, r"None or not reduce_scatter", "None"),
     Mutation("always clones", _EMBEDDING, r" if config\.clone_.* else embeddings", ""),
     Mutation("always clones a stock embedding's", _EMBEDDING, r"self\.config\.clone_\w+", "True"),
     Mutation("all-reduce and split", _EMBEDDING, r"    if (_runs_own.*)", r"    if False and \1"),

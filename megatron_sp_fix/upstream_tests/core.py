@@ -229,13 +229,6 @@ else:
         input_ids, reduce_scatter_embeddings=reduce_scatter
     )"""
 
-_CLONES = """\
-(
-    self.config.clone_scatter_output_in_embedding
-    and scatter
-    and (scatter_to_sequence_parallel is None or not reduce_scatter)
-)"""
-
 _OWN_FORWARD = '''\
 {old}
 
@@ -300,12 +293,6 @@ REDUCE_SCATTER = (
         "rank's part of\n{outdent}    the sequence. Defaults to what the module was built with.",
         "scatter_to_sequence_parallel (bool",
         "maybe",
-    ),
-    Change(
-        _FORWARD,
-        "self.config.clone_scatter_output_in_embedding and self.scatter_to_sequence_parallel",
-        _CLONES,
-        "is None or",
     ),
     Change(
         _FORWARD, "every self.reduce_scatter_embeddings", "reduce_scatter", "if not reduce_scatter:"

@@ -90,9 +90,8 @@ since the collectives of all ranks must match. A forward set on an instance gets
 the argument, and has to take it.
 
 With the argument, the embedding does what it does in a model that scatters:
-dropout acts on this rank's rows, learned positions are added before a scatter
-that is cloned, and hooks on either module see this rank's rows. The output of a
-reduce-scatter is not a view, and is not cloned. A length that the tensor
+dropout acts on this rank's rows, learned positions are added before a scatter,
+and hooks on either module see this rank's rows. A length that the tensor
 parallel size does not divide is refused before any collective. Without the
 argument nothing changes.
 {tests}"""
