@@ -29,7 +29,6 @@ _MTP_TESTS = "tests/unit_tests/transformer/test_multi_token_prediction.py"
 
 _SCATTERS = r"scatter_embeddings\(\s*([\w.]+), (input_ids|next_token_ids), position_ids, [^)]*\)"
 _EMBEDS = r"\1(input_ids=\2, position_ids=position_ids)"
-_NEVER = r"if False and _runs_own_forward(embedding, LanguageModelEmbedding)"
 
 _ADDED_TO_MTP = "test_get_embeddings_scatters_when_embedding_does_not"
 _ADDED = f"{_ADDED_TO_MTP} or PaddingRows or Tower"
@@ -67,8 +66,21 @@ MUTATIONS = (
     Mutation("a view", _EMBEDDING, r"embeddings\.clone\(\) if config.*", "embeddings"),
     Mutation("always clones", _EMBEDDING, r" if config\.clone_.* else embeddings", ""),
     Mutation("always clones a stock embedding's", _EMBEDDING, r"self\.config\.clone_\w+", "True"),
-    Mutation("all-reduce and split", _EMBEDDING, r"    if (_runs_own.*)", r"    if False and \1"),
-    Mutation("replaced forwards get the argument", _EMBEDDING, r" and .*__module__$", ""),
+    Mutation(
+        "all-reduce and split", _EMBEDDING, r"(\(type\(embedding\), .* is) _EMB.*", r"\1 False"
+    ),
+    Mutation(
+        "replaced embeddings get the argument",
+        _EMBEDDING,
+        r"getattr\(type\(embedding\), 'forward', None\) is _EMBEDDING_FORWARD",
+        "getattr(type(embedding).forward, '__module__', '') == LanguageModelEmbedding.__module__",
+    ),
+    Mutation(
+        "replaced word embeddings get the argument",
+        _EMBEDDING,
+        r"(type\(embedding\.word_embeddings\)\.forward) is _WORD_EMBEDDING_FORWARD",
+        r"\1.__module__ == tensor_parallel.VocabParallelEmbedding.__module__",
+    ),
     Mutation("no check of the length", _EMBEDDING, r"if length % tp_size:", "if False:"),
     Mutation("checks the length too late", _EMBEDDING, r"_check_length\(input_ids.*", "pass"),
     Mutation("scatters for functions", _EMBEDDING, r"_parallel', True\)", "_parallel', False)"),

@@ -229,20 +229,19 @@ else:
         input_ids, reduce_scatter_embeddings=reduce_scatter
     )"""
 
-_OWN_FORWARD = '''\
-{old}
+_OWN_FORWARDS = """\
+# The forwards that know how to return a rank's part, and not what may take their place.
+_EMBEDDING_FORWARD = LanguageModelEmbedding.forward
+_WORD_EMBEDDING_FORWARD = tensor_parallel.VocabParallelEmbedding.forward
 
 
-def _runs_own_forward(module: torch.nn.Module, cls: type) -> bool:
-    """Whether a module runs the forward that its class has in this library, not a replacement.
-
-    Classes decide, not what can be set on a module of one rank: the ranks' collectives must match.
-    """
-    return issubclass(type(module), cls) and type(module).forward.__module__ == cls.__module__'''
+{old}"""
 
 _REDUCE_SCATTER = """\
-if _runs_own_forward(embedding, LanguageModelEmbedding) and _runs_own_forward(
-    embedding.word_embeddings, tensor_parallel.VocabParallelEmbedding
+# Classes decide, not what is set on a module of one rank: the ranks' collectives must match.
+if (
+    getattr(type(embedding), 'forward', None) is _EMBEDDING_FORWARD
+    and type(embedding.word_embeddings).forward is _WORD_EMBEDDING_FORWARD
 ):
     _check_length(input_ids.shape[1], tp_size)
     return embedding(
@@ -313,9 +312,14 @@ REDUCE_SCATTER = (
         f"{EMBEDDING}: scatter_embeddings",
         "embeddings = embedding(input_ids=input_ids, position_ids=position_ids)",
         _REDUCE_SCATTER,
-        "_runs_own_forward(",
+        "is _EMBEDDING_FORWARD",
     ),
-    Change(f"{EMBEDDING}:", "def _check_length", _OWN_FORWARD, "def _runs_own_forward"),
+    Change(
+        f"{EMBEDDING}:",
+        "def scatter_embeddings",
+        _OWN_FORWARDS,
+        "_EMBEDDING_FORWARD = LanguageModelEmbedding.forward",
+    ),
 )
 
 _MTP_TESTS = "tests/unit_tests/transformer/test_multi_token_prediction.py"

@@ -83,11 +83,12 @@ all rows.
 
 LanguageModelEmbedding.forward and VocabParallelEmbedding.forward take an
 optional argument that overrides, for one call, what they were built with.
-scatter_embeddings uses it where both modules run the forward of their own
-class. A subclass's forward, or one put in the place of the class's, does not
-get the argument, and its output is scattered as before. Classes decide this,
-since the collectives of all ranks must match. A forward set on an instance gets
-the argument, and has to take it.
+scatter_embeddings uses it where the classes of both modules have the forward
+that this library defines. A subclass's forward, or one put in the place of the
+class's (wrapped by functools.wraps or not), does not get the argument, and its
+output is scattered as before. Classes alone decide this, since the collectives
+of all ranks must match: a forward set on an instance gets the argument, and a
+forward set on an instance with a strict signature raises TypeError.
 
 With the argument, the embedding does what it does in a model that scatters:
 dropout acts on this rank's rows, learned positions are added before a scatter,
