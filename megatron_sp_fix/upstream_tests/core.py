@@ -123,7 +123,7 @@ def scatter_embeddings(
     tp_size = get_pg_size(get_tensor_model_parallel_group_if_none(tp_group))
     embeddings = embedding(input_ids=input_ids, position_ids=position_ids)
     # A wrapper may have scattered already what the embedding inside it returned.
-    if embeddings.shape[0] * tp_size == input_ids.shape[1]:
+    if input_ids is not None and embeddings.shape[0] * tp_size == input_ids.shape[-1]:
         return embeddings
     _check_length(embeddings.shape[0], tp_size)
     embeddings = tensor_parallel.scatter_to_sequence_parallel_region(embeddings, group=tp_group)
@@ -243,7 +243,7 @@ if (
     getattr(type(embedding), 'forward', None) is _EMBEDDING_FORWARD
     and type(embedding.word_embeddings).forward is _WORD_EMBEDDING_FORWARD
 ):
-    _check_length(input_ids.shape[1], tp_size)
+    _check_length(input_ids.shape[-1], tp_size)
     return embedding(
         input_ids=input_ids, position_ids=position_ids, scatter_to_sequence_parallel=True
     )

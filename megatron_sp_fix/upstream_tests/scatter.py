@@ -99,6 +99,18 @@ class TestTowerThatEmbedsItsOwnTokens(_TwoRanks):
         with pytest.raises(ValueError, match='length 15 over a tensor parallel size of 2: pad'):
             tower(**batch)
 
+    @pytest.mark.parametrize('ids', [None, torch.zeros(SEQ_LENGTH, dtype=torch.int64)])
+    def test_ids_that_only_the_embedding_knows(self, ids):
+        embeddings = torch.randn(SEQ_LENGTH, BATCH_SIZE, HIDDEN_SIZE).cuda()
+
+        def embedding(input_ids, position_ids):
+            return embeddings
+
+        embedding.scatter_to_sequence_parallel = False
+        rank = parallel_state.get_tensor_model_parallel_rank()
+        actual = scatter_embeddings(embedding, ids, None, _language_model(False).config)
+        assert torch.equal(actual, embeddings.chunk(TP_SIZE)[rank])
+
     def test_rows_that_an_embedding_adds_are_scattered(self):
         embeddings = torch.randn(SEQ_LENGTH + TP_SIZE, BATCH_SIZE, HIDDEN_SIZE).cuda()
 
