@@ -54,7 +54,7 @@ MUTATIONS = (
         "MTP does not scatter in its step", _MTP, _SCATTERS.replace("input_ids|", ""), _EMBEDS
     ),
     Mutation(
-        "MTP's step always scatters", _MTP, r"if hidden_states\.shape\[0\] == .*:", "if False:"
+        "MTP's step always scatters", _MTP, r"if self.* hidden_states\.shape\[0\] == .*:", "if False:"
     ),
     Mutation("scatters twice", _EMBEDDING, r"if embeddings\.shape\[0\] \* tp_size .*", "if False:"),
     Mutation(

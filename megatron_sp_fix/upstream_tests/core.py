@@ -152,7 +152,7 @@ _EMBED = "decoder_input = {}(input_ids={}, position_ids=position_ids)"
 _SCATTER = "decoder_input = scatter_embeddings({}, {}, position_ids, self.config{{group}})"
 _STEP = f"""\
 # Hidden states of all positions, not scattered, go with the embeddings of all positions.
-if hidden_states.shape[0] == next_token_ids.shape[1]:
+if self.config.sequence_parallel and hidden_states.shape[0] == next_token_ids.shape[-1]:
     {{old}}
 else:
     {_SCATTER.format("embedding", "next_token_ids")}"""
