@@ -304,7 +304,7 @@ def _add_tests(files: _Files, part: str) -> None:
 def _variant(files: _Files, text: str) -> str:
     for path, word, pairs in core.VARIANTS:
         for old, new in pairs if word not in files.get(path, "") else ():
-            text = text.replace(old, new)
+            text = re.sub(old, new, text, flags=re.DOTALL)
     return text
 
 

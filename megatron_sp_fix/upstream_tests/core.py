@@ -367,31 +367,42 @@ mtp_layer.tp_group = types.SimpleNamespace(size=lambda: 2)""",
     ),
 )
 
-#: What to write otherwise where a file lacks a word.
+#: Where a file lacks a word: regular expressions, and what to write for what they match.
 VARIANTS = (
     (
         EMBEDDING,
         "tp_group",
         (
-            ("    tp_group: Optional[torch.distributed.ProcessGroup] = None,\n", ""),
+            (r"    tp_group: Optional\[torch\.distributed\.ProcessGroup\] = None,\n", ""),
+            (r"        tp_group \(ProcessGroup, optional\): [^\n]*\n", ""),
             (
-                "        tp_group (ProcessGroup, optional): The tensor parallel group. "
-                "Defaults to the global one.\n",
-                "",
-            ),
-            (
-                "get_pg_size(get_tensor_model_parallel_group_if_none(tp_group))",
+                r"get_pg_size\(get_tensor_model_parallel_group_if_none\(tp_group\)\)",
                 "parallel_state.get_tensor_model_parallel_world_size()",
             ),
-            (", group=tp_group", ""),
+            (r", group=tp_group", ""),
         ),
     ),
     (
         GPT,
         "InferenceMode",  # up to 0.17: an inference context and eval() are the mode
         (
-            ("from megatron.core.inference.utils import InferenceMode\n", ""),
-            ("with InferenceMode.active(), torch.no_grad():", "with torch.no_grad():"),
+            (r"from megatron\.core\.inference\.utils import InferenceMode\n", ""),
+            (r"with InferenceMode\.active\(\), torch\.no_grad\(\):", "with torch.no_grad():"),
         ),
+    ),
+    (
+        HYBRID,
+        "class HybridModel",  # the tests build no MambaModel
+        (
+            (r"from megatron\.core\.(models\.hybrid|transformer\.spec_utils)[^\n]*\n", ""),
+            (r"    if kind == 'hybrid':.*?(?=    layers = )", ""),
+            (r"'gpt', 'hybrid'", "'gpt'"),
+            (r" *\('hybrid', '\w+'\),\n", ""),
+        ),
+    ),
+    (
+        MTP,
+        "def forward_single_position",
+        ((r"    @pytest\.mark\.parametrize\('scattered'.*?(?=    def test_outer)", ""),),
     ),
 )
