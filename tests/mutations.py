@@ -54,9 +54,14 @@ MUTATIONS = (
         "MTP does not scatter in its step", _MTP, _SCATTERS.replace("input_ids|", ""), _EMBEDS
     ),
     Mutation(
-        "MTP's step always scatters", _MTP, r"if self.* hidden_states\.shape\[0\] == .*:", "if False:"
+        "MTP's step always scatters",
+        _MTP,
+        r"if self.* hidden_states\.shape\[0\] == .*:",
+        "if False:",
     ),
-    Mutation("scatters twice", _EMBEDDING, r"if embeddings\.shape\[0\] \* tp_size .*", "if False:"),
+    Mutation("scatters twice", _EMBEDDING, r"if input_ids is not None and .*", "if False:"),
+    Mutation("needs token ids", _EMBEDDING, "if input_ids is not None and", "if"),
+    Mutation("needs [b, s]", _EMBEDDING, r"(\* tp_size == input_ids\.shape)\[-1\]", r"\1[1]"),
     Mutation(
         "scatters twice, after a reduce-scatter",
         _EMBEDDING,

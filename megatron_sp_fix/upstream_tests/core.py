@@ -8,7 +8,7 @@ HYBRID = "megatron/core/models/hybrid/hybrid_model.py"
 MAMBA = "megatron/core/models/mamba/mamba_model.py"  # up to 0.17
 MTP = "megatron/core/transformer/multi_token_prediction.py"
 _MODULE = "megatron/core/models/common/language_module/language_module.py"
-_LAYERS = "megatron/core/tensor_parallel/layers.py"
+LAYERS = "megatron/core/tensor_parallel/layers.py"
 EMBEDDING = "megatron/core/models/common/embeddings/language_model_embedding.py"
 EMBEDDING_TESTS = "tests/unit_tests/models/test_base_embedding.py"
 
@@ -55,7 +55,7 @@ _MTP_TRAINING = (  # the block's in 0.12 and 0.13
 )
 _MTP_STEP = f"{MTP}: MultiTokenPredictionLayer.forward_single_position"  # 0.17 on
 _FORWARD = f"{EMBEDDING}: LanguageModelEmbedding.forward"
-_WORDS = f"{_LAYERS}: VocabParallelEmbedding.forward"
+_WORDS = f"{LAYERS}: VocabParallelEmbedding.forward"
 
 _PADDING_METHOD = '''\
 {old}
