@@ -149,13 +149,16 @@ GROUPS = (
 )
 
 _EMBED = "decoder_input = {}(input_ids={}, position_ids=position_ids)"
-_SCATTER = "decoder_input = scatter_embeddings({}, {}, position_ids, self.config{{group}})"
-_STEP = f"""\
+_SCATTER = """\
+decoder_input = scatter_embeddings(
+    {}, {}, position_ids, self.config{{group}}
+)"""
+_STEP = """\
 # Hidden states of all positions, not scattered, go with the embeddings of all positions.
 if self.config.sequence_parallel and hidden_states.shape[0] == next_token_ids.shape[-1]:
-    {{old}}
+    {old}
 else:
-    {_SCATTER.format("embedding", "next_token_ids")}"""
+    """ + _SCATTER.format("embedding", "next_token_ids").replace("\n", "\n    ")
 
 SCATTER: tuple[Union[Change, Import], ...] = (
     Import(f"{EMBEDDING}:", "typing", ("Callable", "Optional")),
@@ -365,6 +368,15 @@ mtp_layer.tp_group = types.SimpleNamespace(size=lambda: 2)""",
         "forward_single_position",
         "present",
     ),
+)
+
+#: The files that are read, of which a tree has some.
+PATHS = sorted(
+    {EMBEDDING_TESTS}.union(
+        place.split(":")[0]
+        for change in (*PADDING, *SCATTER, *REDUCE_SCATTER, *TESTS)
+        for place in change.places.split(" | ")
+    )
 )
 
 #: Where a file lacks a word: regular expressions, and what to write for what they match.
