@@ -72,7 +72,7 @@ class Finder:
 
     def check(self) -> None:
         """Fail if another finder kept a module from this one; say once what is patched."""
-        from megatron_sp_fix import patching
+        from megatron_sp_fix import patching, sites
 
         found = patching.status()
         missed = ", ".join(site.name for site in found.sites if site.state == "not patched")
@@ -84,7 +84,7 @@ class Finder:
         rank = next((os.environ[name] for name in RANKS if name in os.environ), "0")
         if self.patched and not self.said and rank == "0":
             names = ", ".join(".".join(name.split(".")[-2:]) for name in self.patched)
-            remark = patching.supported(patching.installed_root())[1]
+            remark = sites.supported(sites.installed_root())[1]
             where = f"megatron-core {found.version} at {found.root}"
             _say(f"patched {names} in {where}{remark and f'; {remark}'}")
         self.said = True
