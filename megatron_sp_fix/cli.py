@@ -44,11 +44,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     for name, (call, options, example) in COMMANDS.items():
         row = rows.add_parser(name, help=call.__doc__, description=call.__doc__)
         row.epilog = f"example: megatron-sp-fix {example}"
-        row.set_defaults(call=call, parser=row, command=command)
         for option in options.split():
             row.add_argument(option, **OPTIONS[option])
-        if name == "run":
-            row.usage = "%(prog)s [--also MODULE:CLASS[.METHOD]]... COMMAND [ARG ...]"
+        row.set_defaults(call=call, parser=row, command=command)
     arguments = parser.parse_args(argv)
     try:
         if not argv:
@@ -57,7 +55,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         sys.stdout.flush()
     except (UnsupportedMegatronError, launch.StartupError) as error:
         return _say(error)
-    except ValueError as error:
+    except ValueError as error:  # what was asked for makes no sense
         arguments.parser.error(str(error))
     except KeyboardInterrupt:
         return 130
@@ -78,7 +76,7 @@ def _run(arguments: argparse.Namespace) -> int:
         print(launch.folder())
         return 0
     if not arguments.command:
-        arguments.parser.error("name a command, a script, or -m and a module")
+        raise ValueError("name a command, a script, or -m and a module")
     launch.run(arguments.command, arguments.also)
 
 
@@ -100,11 +98,8 @@ def _status(arguments: argparse.Namespace) -> int:
     root = arguments.root or sites.installed_root()
     found, remark = sites.supported(root)
     hooked = not arguments.root and hook.in_force()
-    rows = [
-        SiteStatus(site.name, native, native if native == "this fix" else "not imported", "")
-        for site, native, _ in found
-    ]
-    rows = rows if arguments.root else list(status().sites)
+    other = tuple(SiteStatus(site.name, native, native, "") for site, native, _ in found)
+    rows = other if arguments.root else status().sites
     version = ".".join(map(str, sites.version(root)))
     if arguments.json:
         head = {"version": version, "root": str(root), "remark": remark, "hook": hooked}
@@ -117,11 +112,9 @@ def _status(arguments: argparse.Namespace) -> int:
             print(f"  {row.name:50} by itself: {row.native:11}  now: {row.state}{by}")
     right = ("patched", "this fix", "not imported") if hooked else ("patched", "this fix")
     wrong = ", ".join(row.name for row in rows if row.state not in right)
+    remedy = "start it under `megatron-sp-fix run`, `enable` the fix, or patch the source by `diff`"
     if arguments.check and wrong:
-        return _say(
-            f"a process like this one would run unpatched: {wrong}; start it under "
-            "`megatron-sp-fix run`, or `enable` the fix, or patch the source by `diff`"
-        )
+        return _say(f"a process like this one would run unpatched: {wrong}; {remedy}")
     return 0
 
 
@@ -136,7 +129,7 @@ def _audit(arguments: argparse.Namespace) -> int:
     """Apply the fix, build a model, and list its towers: covered or not."""
     module, _, name = arguments.factory.partition(":")
     if not name:
-        arguments.parser.error(f"{arguments.factory} is not MODULE:FACTORY")
+        raise ValueError(f"{arguments.factory} is not MODULE:FACTORY")
     sys.path.insert(0, "")
     apply()
     try:
@@ -170,7 +163,11 @@ def _diff(arguments: argparse.Namespace) -> int:
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
-    "--also": {"action": "append", "default": [], "help": "a method of yours, as of apply()"},
+    "command": {
+        "nargs": "*",
+        "help": "and its arguments; this Python runs SCRIPT.py and -m MODULE",
+    },
+    "--also": {"action": "append", "default": [], "help": "MODULE:CLASS[.METHOD] of yours, too"},
     "--path": {"action": "store_true", "help": "print the folder to put on PYTHONPATH"},
     "--json": {"action": "store_true", "help": "print JSON"},
     "--check": {"action": "store_true", "help": "exit with 1 unless every site is right"},
@@ -181,7 +178,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 #: By name: what it calls, whose docstring is its help; its options; an example.
 COMMANDS = {
-    "run": (_run, "--also --path", "run torchrun --nproc-per-node 8 train.py"),
+    "run": (_run, "--also --path command", "run torchrun --nproc-per-node 8 train.py"),
     "enable": (_enable, "", "enable"),
     "disable": (_disable, "", "disable"),
     "status": (_status, "--check --json --root", "run megatron-sp-fix status --check"),

@@ -84,7 +84,9 @@ class Finder:
         rank = next((os.environ[name] for name in RANKS if name in os.environ), "0")
         if self.patched and not self.said and rank == "0":
             names = ", ".join(".".join(name.split(".")[-2:]) for name in self.patched)
-            _say(f"patched {names} in megatron-core {found.version} at {found.root}")
+            remark = patching.supported(patching.installed_root())[1]
+            where = f"megatron-core {found.version} at {found.root}"
+            _say(f"patched {names} in {where}{remark and f'; {remark}'}")
         self.said = True
 
     def check_at_exit(self) -> None:
@@ -94,8 +96,8 @@ class Finder:
                 self.check()
         except RuntimeError as error:
             _say(str(error))
+            sys.stdout.flush()
             if self.mode != "warn":
-                sys.stdout.flush()
                 os._exit(1)  # the only way to change the status by now
 
 

@@ -123,35 +123,43 @@ def apply(*, also: Iterable[Union[type, str]] = ()) -> tuple[str, ...]:
         UnsupportedMegatronError: megatron-core is missing, too old or not recognized, or what
             `also` names is not there. Nothing has been replaced then.
     """
-    return tuple(map(_name, _apply(also)))
-
-
-def _apply(also: Iterable[Union[type, str]]) -> list[_Key]:
-    global _removed
     found, remark = supported(installed_root())
     if remark:
-        warnings.warn(remark, stacklevel=3)
+        warnings.warn(remark, stacklevel=2)
+    return _apply([*found], also)
+
+
+def apply_to(module: str, also: Iterable[str] = ()) -> tuple[str, ...]:
+    """Do what :func:`apply` does for one module, which has just been loaded; import no other."""
+    rows = [row for row in supported(installed_root())[0] if row.site.module == module]
+    return () if _removed else _apply(rows, also, module)
+
+
+def _apply(rows: list[Found], also: Iterable[Union[type, str]], only: str = "") -> tuple[str, ...]:
+    global _removed
     targets = []
-    for row in found:
+    for row in rows:
         try:
             module = importlib.import_module(row.site.module)
         except ImportError:  # as 0.12's MambaModel without Transformer Engine: nobody can use it
             continue
         targets.append((_class(module, row.site.cls, row.site.method), row))
-    targets += [_also(name) for name in (*also, *_eagle())]
-    _removed = False
-    return _replace(targets)
-
-
-def apply_to(module: str, also: Iterable[str] = ()) -> tuple[str, ...]:
-    """Do what :func:`apply` does for one module, which has just been loaded; import no other."""
-    if _removed:
-        return ()
-    found = [row for row in supported(installed_root())[0] if row.site.module == module]
-    core = sys.modules[module]
-    targets = [(_class(core, row.site.cls, row.site.method), row) for row in found]
-    targets += [_also(name) for name in (*also, *_eagle()) if name.split(":")[0] == module]
-    return tuple(map(_name, _replace(targets)))
+    for name in (*also, *_eagle()):
+        if not only or str(name).startswith(f"{only}:"):
+            targets.append(_also(name))
+    replaced = []
+    with _lock:  # whatever can fail has been done: all are replaced, or none
+        for owner, found in targets:
+            key = owner, found.site.method
+            current, patch = vars(owner)[key[1]], _patches.get(key)
+            if found.native != "this fix" and _state(current, patch) != "patched":
+                if patch:
+                    patch.active = False  # lost, or below something that hides it
+                patch = _patches[key] = _Patch(current, found)
+                setattr(*key, patch.replacement)
+                replaced.append(_name(key))
+        _removed = False
+    return tuple(replaced)
 
 
 def remove() -> tuple[str, ...]:
@@ -168,11 +176,12 @@ def remove() -> tuple[str, ...]:
 @contextmanager
 def applied(*, also: Iterable[Union[type, str]] = ()) -> Iterator[None]:
     """Apply for the length of a ``with`` block, which then puts back what it has replaced."""
-    keys = _apply(also)
+    names = apply(also=also)  # what the import hook patches meanwhile is not this block's
+    mine = [key for key in _patches if _name(key) in names]
     try:
         yield
     finally:
-        _restore(keys)
+        _restore(mine)
 
 
 def status() -> Status:
@@ -201,17 +210,16 @@ def _state(current: Any, patch: Optional[_Patch]) -> str:
     """Whether calling what stands in a class reaches the replacement, as far as can be seen."""
     if patch is None or current is patch.original:
         return "not patched"
-    seen: list[Any] = []
+    seen: dict[int, Any] = {}
     left = [current]
     while left:
         one = left.pop()
         if one is patch.replacement:
             return "patched"
-        if not any(one is other for other in seen):
-            seen.append(one)
-            left += [
-                getattr(c, "cell_contents", None) for c in getattr(one, "__closure__", None) or ()
-            ]
+        if id(one) not in seen:
+            seen[id(one)] = one
+            cells = getattr(one, "__closure__", None) or ()
+            left += [getattr(cell, "cell_contents", None) for cell in cells]
             left += [getattr(one, name, None) for name in ("__wrapped__", "__func__", "func")]
     return "cannot tell"
 
@@ -223,13 +231,12 @@ def _owner(module: Any, name: str, method: str) -> Optional[type]:
 
 
 def _class(module: ModuleType, name: str, method: str = "__module__") -> type:
-    cls = _owner(module, name, method)
-    if cls is None:
-        raise UnsupportedMegatronError(
-            f"{module.__name__} has no class {name} with that method: it is a stub, or is being "
-            "imported just now (apply() has to be called before or after that)"
-        )
-    return cls
+    if cls := _owner(module, name, method):
+        return cls
+    raise UnsupportedMegatronError(
+        f"{module.__name__} has no class {name} with that method: it is a stub, or is being "
+        "imported just now (call apply() before or after that)"
+    )
 
 
 def _also(name: Union[type, str]) -> tuple[type, Found]:
@@ -267,30 +274,11 @@ def _name(key: _Key) -> str:
     return f"{key[0].__module__}.{key[0].__qualname__}.{key[1]}"
 
 
-def _replace(targets: list[tuple[type, Found]]) -> list[_Key]:
-    """Replace the methods, all or none: whatever can fail has been done before."""
-    with _lock:
-        replaced = []
-        for owner, found in targets:
-            key = owner, found.site.method
-            current, patch = vars(owner)[key[1]], _patches.get(key)
-            if found.native == "this fix" or _state(current, patch) == "patched":
-                continue
-            if patch:
-                patch.active = False  # lost, or below something that hides it
-            patch = _patches[key] = _Patch(current, found)
-            setattr(*key, patch.replacement)
-            replaced.append(key)
-        return replaced
-
-
 def _restore(keys: list[_Key]) -> tuple[str, ...]:
     with _lock:
         restored = []
-        for key in keys:
-            patch = _patches.pop(key, None)
-            if patch is None:
-                continue
+        for key in filter(_patches.__contains__, keys):
+            patch = _patches.pop(key)
             patch.active = False
             if vars(key[0]).get(key[1]) is patch.replacement:
                 setattr(*key, patch.original)

@@ -176,8 +176,7 @@ def _apply(files: _Files, change: Union[Change, Import]) -> None:
     if _key(change.done) in _key(ast.unparse(scope)):
         return
     spans = _spans(scope, change.find, _lines(files[path]))
-    several = change.find.startswith("every ")
-    if len(spans) == 1 or (spans and several):
+    if len(spans) == 1 or (spans and change.find.startswith("every ")):
         new = _variant(files, change.new).replace("{group}", _group(files[path]))
         for span in sorted(spans, reverse=True):
             files[path] = _replaced(files[path], span, new)
@@ -262,24 +261,25 @@ def _wrapped(row: str) -> str:
 
 def _with_import(text: str, module: str, names: Sequence[str]) -> str:
     """Import names as isort would: with those of the same module, else among megatron's."""
+    lines = _lines(text)
     nodes = [node for node in _parse(text).body if isinstance(node, ast.ImportFrom)]
     same = [node for node in nodes if node.module == module]
-    if same:
-        there = [ast.unparse(alias) for alias in same[0].names]
-        names = [*there, *(name for name in names if name not in there)]
-        if len(names) == len(there):
-            return text
+    there = [ast.unparse(alias) for node in same for alias in node.names]
+    names = [name for name in names if name not in there]
+    if not names:
+        return text
+    if len(same) == 1 and "#" not in "".join(lines[same[0].lineno - 1 : same[0].end_lineno]):
+        names = [*there, *names]
         first, last = same[0].lineno, same[0].end_lineno or 0
-    else:
+    else:  # a statement of its own, also where comments stand among the names
         ours = [node for node in nodes if (node.module or "").startswith("megatron.")]
-        after = [node for node in ours if (node.module or "") < module]
+        after = [node for node in ours if (node.module or "") <= module]
         last = (after[-1].end_lineno or 0) if after else ours[0].lineno - 1
         first = last + 1
     names = sorted(names, key=lambda name: (not name[0].isupper(), name))
     row = f"from {module} import {', '.join(names)}"
     if len(row) > _WIDTH:
         row = "\n".join([f"from {module} import (", *(f"    {name}," for name in names), ")"])
-    lines = _lines(text)
     row = (row + "\n").replace("\n", _end(lines))
     return "".join([*lines[: first - 1], row, *lines[last:]])
 
@@ -296,9 +296,9 @@ def _add_tests(files: _Files, part: str) -> None:
         names = [alias.name for alias in node.names]
         text = _with_import(text, node.module or "", names)
     end = _end(_lines(text))
-    rows = _lines(source)[imports[-1].end_lineno or 0 :]
+    code = "".join(_lines(source)[imports[-1].end_lineno or 0 :]).strip() + "\n"
     text += "" if text.endswith("\n") else end
-    files[core.EMBEDDING_TESTS] = text + "".join(rows).replace("\n", end)
+    files[core.EMBEDDING_TESTS] = text + ("\n\n" + code).replace("\n", end)
 
 
 def _variant(files: _Files, text: str) -> str:

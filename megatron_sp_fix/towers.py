@@ -147,7 +147,10 @@ def _rows(tower: Any, part: str, rows: int, length: int) -> int:
     ids = torch.zeros((1, length), dtype=torch.long, device=like.device)
     inputs: dict[str, Any] = {"input_ids": ids, "position_ids": positions, "attention_mask": None}
     embedding = _StandIn(tower.embedding, lambda *_, **__: like.new_zeros(length, 1, hidden))
-    stand_ins = {tower: {"embedding": embedding, "decoder": _StandIn(tower.decoder, _arrive)}}
+    # Language models inside of it, as a distillation's teacher, have their own turn.
+    inner = [m for m in tower.modules() if m is not tower and hasattr(m, "decoder")]
+    stand_ins: dict[Any, Any] = {m: {"forward": lambda *_, **__: None} for m in inner}
+    stand_ins[tower] = {"embedding": embedding, "decoder": _StandIn(tower.decoder, _arrive)}
     # Hooks of these packages gather parameters; other people's may hand in a decoder_input.
     hooks = tower._forward_pre_hooks.values()
     home = {str(getattr(hook, "__module__", "")).split(".")[0] for hook in hooks}

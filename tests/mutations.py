@@ -32,7 +32,7 @@ _EMBEDS = r"\1(input_ids=\2, position_ids=position_ids)"
 _NEVER = r"if False and _runs_own_forward(embedding, LanguageModelEmbedding)"
 
 _ADDED_TO_MTP = "test_get_embeddings_scatters_when_embedding_does_not"
-_ADDED = f"{_ADDED_TO_MTP} or Padding or Tower"
+_ADDED = f"{_ADDED_TO_MTP} or PaddingRows or Tower"
 
 
 class Mutation(NamedTuple):
@@ -61,15 +61,18 @@ MUTATIONS = (
     Mutation(
         "scatters twice, after a reduce-scatter",
         _EMBEDDING,
-        r"return embedding\(\s*(input_ids=.*, scatter_to_sequence_parallel=True)\s*\)",
-        r"return tensor_parallel.scatter_to_sequence_parallel_region(embedding(\1))",
+        r"embeddings = (embedding\(\s*input_ids=.*, scatter_to_sequence_parallel=True\s*\))$",
+        r"return tensor_parallel.scatter_to_sequence_parallel_region(\1)",
     ),
     Mutation("a view", _EMBEDDING, r"embeddings\.clone\(\) if config.*", "embeddings"),
     Mutation("a view, of a stock embedding", _EMBEDDING, r"None or not reduce_scatter", "None"),
     Mutation("always clones", _EMBEDDING, r" if config\.clone_.* else embeddings", ""),
     Mutation("always clones a stock embedding's", _EMBEDDING, r"self\.config\.clone_\w+", "True"),
-    Mutation("all-reduce and split", _EMBEDDING, r"    if (_runs_own.*)", r"    if False and \1"),
+    Mutation("all-reduce and split", _EMBEDDING, r"if own_forward:", "if False:"),
     Mutation("replaced forwards get the argument", _EMBEDDING, r" and .*__module__$", ""),
+    Mutation(
+        "no check of the rows", _EMBEDDING, r"if embeddings\.shape\[0\] not in .*", "if False:"
+    ),
     Mutation("no check of the length", _EMBEDDING, r"if length % tp_size:", "if False:"),
     Mutation("checks the length too late", _EMBEDDING, r"_check_length\(input_ids.*", "pass"),
     Mutation("scatters for functions", _EMBEDDING, r"_parallel', True\)", "_parallel', False)"),

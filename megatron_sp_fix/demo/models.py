@@ -5,8 +5,6 @@ Built from megatron-core's local layers, so that they run on CPU ranks without T
 """
 
 import dataclasses
-import importlib
-import inspect
 from typing import Any, Optional
 
 import torch
@@ -81,7 +79,6 @@ def build(
         "attention_dropout": 0.0,
         "use_cpu_initialization": torch.distributed.get_backend() == "gloo",
         "masked_softmax_fusion": False,
-        "pipeline_dtype": torch.float32,
         "tensor_model_parallel_size": tp,
         "sequence_parallel": tp > 1,
         # The second has no default up to 0.15.
@@ -96,22 +93,18 @@ def build(
         "scatter_embedding_sequence_parallel": scatter,
         **(model or {}),
     }
-    experts = fields.num_moe_experts
-    layer = local(gpt_layer_specs.get_gpt_layer_local_spec(num_experts=experts), attention)
+    layer = gpt_layer_specs.get_gpt_layer_local_spec(num_experts=fields.num_moe_experts)
+    layer = local(layer, attention)
     if kind == "hybrid":
-        cls, stack = hybrid(layer)
-        parameters = inspect.signature(cls).parameters  # named after Mamba in earlier releases
-        new = "hybrid_stack_spec" in parameters
-        arguments["hybrid_stack_spec" if new else "mamba_stack_spec"] = stack
-        new = "hybrid_layer_pattern" in parameters
+        cls, spec = hybrid(layer)
+        new = cls.__name__ == "HybridModel"
         arguments["hybrid_layer_pattern" if new else "hybrid_override_pattern"] = "*" * layers
     else:
-        cls = GPTModel
-        arguments["transformer_layer_spec"] = TransformerBlockSubmodules([layer] * layers, Norm)
+        cls, spec = GPTModel, TransformerBlockSubmodules([layer] * layers, Norm)
     if kind == "mtp" and arguments.get("post_process", True):
-        spec = gpt_layer_specs.get_gpt_mtp_block_spec(fields, layer, use_transformer_engine=False)
-        arguments["mtp_block_spec"] = local(spec, attention)
-    return cls(fields, **arguments).to(torch.cuda.current_device())
+        mtp = gpt_layer_specs.get_gpt_mtp_block_spec(fields, layer, use_transformer_engine=False)
+        arguments["mtp_block_spec"] = local(mtp, attention)
+    return cls(fields, spec, **arguments).to(torch.cuda.current_device())
 
 
 def local(spec: Any, attention: type) -> Any:
@@ -130,16 +123,17 @@ def local(spec: Any, attention: type) -> Any:
 
 def hybrid(layer: Any) -> tuple[Any, ModuleSpec]:
     """Return the class of this release's hybrid model, and its stack's spec with these layers."""
-    core = "megatron.core"
+    without = {"post_layer_norm": False}  # the final norm could only be Transformer Engine's
     try:
-        model = importlib.import_module(f"{core}.models.hybrid.hybrid_model").HybridModel
-        block, name = importlib.import_module(f"{core}.models.hybrid.hybrid_block"), "HybridStack"
+        from megatron.core.models.hybrid import hybrid_block, hybrid_model
     except ImportError:  # up to 0.17
-        model = importlib.import_module(f"{core}.models.mamba.mamba_model").MambaModel
-        block, name = importlib.import_module(f"{core}.ssm.mamba_block"), "MambaStack"
-    layers = getattr(block, f"{name}Submodules")(attention_layer=layer)
-    # The final norm could only be Transformer Engine's.
-    return model, ModuleSpec(getattr(block, name), {"post_layer_norm": False}, layers)
+        from megatron.core.models.mamba.mamba_model import MambaModel
+        from megatron.core.ssm import mamba_block as old
+
+        layers = old.MambaStackSubmodules(attention_layer=layer)
+        return MambaModel, ModuleSpec(old.MambaStack, without, layers)
+    layers = hybrid_block.HybridStackSubmodules(attention_layer=layer)
+    return hybrid_model.HybridModel, ModuleSpec(hybrid_block.HybridStack, without, layers)
 
 
 def pair(kind: str, **options: Any) -> tuple[Any, Any]:

@@ -4,7 +4,6 @@
 import contextlib
 import ctypes
 import faulthandler
-import functools
 import multiprocessing
 import os
 import pickle
@@ -17,23 +16,16 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-#: Seconds that the other ranks have once one failed: they may wait for it in a collective.
-GRACE = 5.0
-
 
 class RankError(RuntimeError):
     """A function failed on some rank: first line what failed, below it every rank's traceback."""
 
 
-def setup(rank: int, ranks: int, store: str, *, tp: int = 1, **sizes: Any) -> None:
+def setup(rank: int, ranks: int, store: str, tp: int = 1, **sizes: Any) -> None:
     """Make this process a rank: process groups, device and random state.
 
-    Args:
-        rank: this process's rank.
-        ranks: the number of ranks; NCCL is used if this machine has a GPU for each, else gloo.
-        store: ``init_method`` of ``torch.distributed.init_process_group``.
-        tp: tensor parallel size.
-        sizes: more arguments of megatron-core's ``initialize_model_parallel``.
+    Over NCCL if this machine has a GPU for each rank, else over gloo. `store` is an ``init_method``
+    of torch.distributed, `sizes` are arguments of megatron-core's ``initialize_model_parallel``.
     """
     import torch
 
@@ -58,19 +50,12 @@ def setup(rank: int, ranks: int, store: str, *, tp: int = 1, **sizes: Any) -> No
 
 
 class Ranks:
-    """Processes that run functions as the ranks of one layout; a context manager.
+    """Processes that run functions as so many ranks; a context manager.
 
-    Args:
-        size: how many ranks.
-        setup: what makes each process a rank, importable by name; arguments as :func:`setup`.
-        layout: keywords of `setup`.
-
-    Example:
-        >>> with Ranks(2, tp=2) as ranks:
-        ...     ranks.run(function, 16)  # calls function(16) on both; returns both results
+    The layout is that of :func:`setup`: ``with Ranks(2, tp=2) as ranks: ranks.run(function, 16)``.
     """
 
-    def __init__(self, size: int, setup: Callable[..., None] = setup, **layout: Any) -> None:
+    def __init__(self, size: int, **layout: Any) -> None:
         cpu = os.environ.get("CUDA_VISIBLE_DEVICES") == "" or not os.path.exists("/dev/nvidia0")
         # One import of torch and megatron-core, then a fork a rank; CUDA does not survive a fork.
         self._context: Any = multiprocessing.get_context("forkserver" if cpu else "spawn")
@@ -78,7 +63,7 @@ class Ranks:
             self._context.set_forkserver_preload([f"{__package__}.models"])
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         os.environ.setdefault("PYTHONWARNINGS", "ignore")  # of each package that is not installed
-        self._size, self._setup, self._layout = size, setup, layout
+        self._size, self._layout = size, layout
         self._pipes: list[Connection] = []
         self._processes: list[Any] = []
 
@@ -98,21 +83,17 @@ class Ranks:
 
     def _start(self) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="megatron-sp-fix-")
-        # Ctrl-C is for the parent, which then ends the others: they inherit that it is blocked.
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        # Ctrl-C is for this process, which then ends the others: they inherit that it is ignored.
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
         for rank in range(self._size):
             pipe, theirs = self._context.Pipe()
-            Path(self._folder.name, f"stacks{rank}").touch()  # to read, however early it dies
-            setup = functools.partial(
-                self._setup, rank, self._size, f"file://{self._folder.name}/store", **self._layout
-            )
-            arguments = (theirs, f"{self._folder.name}/stacks{rank}", setup)
+            arguments = (theirs, self._folder.name, rank, self._size, self._layout)
             process = self._context.Process(target=_serve, args=arguments, daemon=True)
             process.start()
             theirs.close()
             self._pipes.append(pipe)
             self._processes.append(process)
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.signal(signal.SIGINT, handler)
 
     def run(self, function: Callable[..., Any], *args: Any, timeout: float = 120) -> list[Any]:
         """Call a function on every rank at once.
@@ -127,8 +108,7 @@ class Ranks:
 
         Raises:
             RankError: the function raised on some rank, or took too long, or a process died. All
-                processes are ended then, since a collective may be half done; the next call starts
-                others.
+                processes are ended, for a collective may be half done; the next call starts others.
         """
         if not self._pipes:
             self._start()
@@ -146,15 +126,16 @@ class Ranks:
                 except (EOFError, OSError):
                     replies[rank] = ("the process died; out of memory? try fewer ranks", None)
                 if replies[rank][0]:
-                    timeout = min(timeout, GRACE)
+                    timeout = min(timeout, 5.0)  # the others may wait for this one, for ever
             # Where twice as much wants to run as there are cores, a second counts half.
             load = os.getloadavg()[0] / (os.cpu_count() or 1)
-            timeout -= (time.monotonic() - began) / max(1.0, load)
+            timeout -= (time.monotonic() - began) / min(max(1.0, load), 5.0)
         for rank in waiting.values():
             os.kill(self._processes[rank].pid, signal.SIGUSR1)
             time.sleep(0.5)  # it writes its stacks
-            stacks = Path(self._folder.name, f"stacks{rank}").read_text(encoding="utf-8")
-            replies[rank] = (f"no answer in time\n{stacks}", None)
+            stacks = Path(self._folder.name, f"stacks{rank}")
+            told = stacks.read_text(encoding="utf-8") if stacks.exists() else "it had not started"
+            replies[rank] = (f"no answer in time\n{told}", None)
         errors: dict[str, list[str]] = {}
         for rank, (error, _) in sorted(replies.items()):
             errors.setdefault(error, []).append(str(rank))
@@ -166,11 +147,11 @@ class Ranks:
         return [replies[rank][1] for rank in range(self._size)]
 
 
-def _serve(pipe: Connection, stacks: str, setup: Callable[[], None]) -> None:
+def _serve(pipe: Connection, folder: str, rank: int, size: int, layout: dict[str, Any]) -> None:
     """Be a rank, and answer the calls that come through the pipe, until it closes."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: even if stuck, end with the pool
     # Its handler is C and answers at once; one in Python would wait for a collective to return.
-    faulthandler.register(signal.SIGUSR1, file=open(stacks, "w"))  # noqa: SIM115
+    faulthandler.register(signal.SIGUSR1, file=open(f"{folder}/stacks{rank}", "w"))  # noqa: SIM115
     for variable in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):  # of a job that this is no part of
         os.environ.pop(variable, None)
     ready = False
@@ -179,7 +160,7 @@ def _serve(pipe: Connection, stacks: str, setup: Callable[[], None]) -> None:
             call = pipe.recv_bytes()
             try:
                 if not ready:
-                    setup()
+                    setup(rank, size, f"file://{folder}/store", **layout)
                     ready = True
                 function, args = pickle.loads(call)
                 reply = pickle.dumps(("", function(*args)))

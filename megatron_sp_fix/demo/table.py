@@ -33,7 +33,7 @@ def demo(tp: int, as_json: bool = False) -> int:
         as_json: print JSON.
 
     Returns:
-        int: 0 if every row with the fix holds on every rank, else 1; 130 after Ctrl-C.
+        int: 0 if every row with the fix holds on every rank, else 1.
 
     Raises:
         ValueError: `tp` is under 2 or too much for this machine, or this is a torchrun job.
@@ -60,8 +60,6 @@ def demo(tp: int, as_json: bool = False) -> int:
     except RankError as error:
         note(str(error).splitlines()[0])
         return 1
-    except KeyboardInterrupt:
-        return 130
     verdict = "every fixed row holds" if fixed else "A FIXED ROW DOES NOT HOLD"
     text = f"{_table(head, rows)}\n{verdict}, on every rank"
     print(json.dumps({**head, "fixed": fixed, "rows": rows}, indent=2) if as_json else text)
@@ -69,11 +67,7 @@ def demo(tp: int, as_json: bool = False) -> int:
 
 
 def measure(kind: str, length: int) -> list[dict[str, Any]]:
-    """Measure one kind of model on this rank.
-
-    Args:
-        kind: a key of :data:`KINDS`.
-        length: tokens a sequence.
+    """Measure a kind of model on this rank, with so many tokens a sequence.
 
     Returns:
         list[dict]: a row for the plain LM, for the tower as it is in this process, and for the
@@ -93,7 +87,9 @@ def measure(kind: str, length: int) -> list[dict[str, Any]]:
         if "logits 0" in out:
             values[4] = list(out["logits 0"].transpose(0, 1).shape)
         parts = ("logits", "loss", "grad")
-        same = {part: not any(name.startswith(part) for name in wrong) for part in parts}
+        same = {
+            part: bool(out) and not any(name.startswith(part) for name in wrong) for part in parts
+        }
         return {**dict(zip(COLUMNS, values)), "same": same, "error": error}
 
     try:
@@ -123,10 +119,9 @@ def _table(head: dict[str, Any], rows: list[dict[str, Any]]) -> str:
         marks = ("yes" if same else "NO" for same in row["same"].values())
         lines.append([*(str(row[column] or "-") for column in COLUMNS), *marks])
     widths = [max(map(len, column)) for column in zip(*lines)]
+    setting = "megatron-core {megatron-core} at {root}, TP {tp}, SP on, s = {length}, b = 2"
     text = [
-        "megatron-core {megatron-core} at {root}, TP {tp}, SP on, s = {length}, b = 2".format(
-            **head
-        ),
+        setting.format(**head),
         "decoder input [s/tp, b, h] and the bytes it keeps for backward; logits [b, s, v/tp];",
         "logits, loss and grads: bitwise those of the plain LM?\n",
         *("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines),

@@ -93,8 +93,9 @@ With the argument, the embedding does what it does in a model that scatters:
 dropout acts on this rank's rows, learned positions are added before a scatter
 that is cloned, and hooks on either module see this rank's rows. The output of a
 reduce-scatter is not a view, and is not cloned. A length that the tensor
-parallel size does not divide is refused before any collective. Without the
-argument nothing changes.
+parallel size does not divide is refused before any collective, and rows that
+something inside of the call has scattered or added are refused after it.
+Without the argument nothing changes.
 {tests}"""
 
 
@@ -114,12 +115,12 @@ def message(name: str, files: dict[str, str]) -> tuple[str, str]:
     step = "def forward_single_position" in files[core.MTP]
     today, changes = "", ""
     if decoders:
-        today = f"\nToday {models} scatter by themselves, and keep a view.\n"
+        today = f"\nToday {models} scatter by themselves, and hand on a view.\n"
         changes += _FLAGLESS.format(models=models)
     else:
         today = f"\nToday {models} do not, and run on all rows on every rank.\n"
     if training:
-        today += "Multi-token prediction does so in training, and keeps a view.\n"
+        today += "Multi-token prediction does so in training, and hands on a view.\n"
     else:
         today += "Multi-token prediction does not scatter in training.\n"
     if step:

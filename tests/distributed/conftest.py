@@ -2,13 +2,20 @@
 """Tests that run on ranks: on the same processes, as long as the layout stays the same."""
 
 import math
-import os
 
 import onrank
 import pytest
 import torch
 
 from megatron_sp_fix.demo.ranks import RankError, Ranks
+
+#: How megatron-core calls the sizes of a layout; that of tensor parallelism has its short name.
+SIZES = {
+    "pp": "pipeline_model_parallel_size",
+    "cp": "context_parallel_size",
+    "ep": "expert_model_parallel_size",
+    "vpp": "virtual_pipeline_model_parallel_size",
+}
 
 
 def pytest_configure(config):
@@ -52,7 +59,7 @@ def _ranks():
         key = repr((size, layout))
         if key not in current:
             end()
-            current[key] = Ranks(size, onrank.setup, **layout)
+            current[key] = Ranks(size, **{SIZES.get(name, name): layout[name] for name in layout})
         return current[key]
 
     def end():
@@ -71,7 +78,7 @@ def run(_ranks):
     def call(function, arguments, *, ranks=None, timeout=120, **layout):
         size = ranks or math.prod(layout.get(name, 1) for name in ("tp", "pp", "cp", "ep"))
         gpus = torch.cuda.device_count()
-        if 0 < gpus < size and os.environ.get("SHARE_GPU") != "1":
+        if 0 < gpus < size:
             pytest.skip(f"needs {size} GPUs, found {gpus}")
         by_name = (function.__module__, function.__name__, arguments)
         skipped = failed = None

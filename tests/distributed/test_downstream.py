@@ -448,3 +448,21 @@ def test_gemma_4_dense():
         with fix():
             (found,) = audit(model)
         assert found.verdict == ("nothing to shard" if scatter else "not covered"), found
+
+
+@bridge
+@pytest.mark.on_ranks(tp=2)
+def test_gemma_4_dense_as_a_tower():
+    """A forward of the instance is out of reach; the same one, of a class, is named in `also`."""
+    install = load("gemma.modeling_gemma4:_install_ple_forward")
+    plain, tower = models.pair("gpt")
+    install(plain), install(tower)
+    forward = tower.__dict__.pop("forward").__func__
+    tower.__class__ = type("Gemma4Tower", (type(tower),), {"forward": forward})
+    data = models.batch(LENGTH)
+    expected = models.step(plain, data)
+    with fix(type(tower)):
+        actual = models.step(tower, data)
+        check_same(expected, actual)
+        check_shard(actual["shard"], LENGTH)
+        audit(tower, strict=True)

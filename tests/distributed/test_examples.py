@@ -11,7 +11,7 @@ import pytest
 from megatron_sp_fix import status
 
 EXAMPLE = Path(__file__).parents[2] / "examples/distill_language_tower.py"
-NATIVE = any(site.native == "native" for site in status().sites)
+NATIVE = any(site.native != "no shard" for site in status().sites)
 
 
 def distill(*arguments):

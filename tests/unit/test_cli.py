@@ -92,7 +92,7 @@ def test_status_of_another_tree(capsys, tmp_path, monkeypatch, hooked):
     code, out, error = run(capsys, "status", "--root", str(root), "--check")
     assert code == 1 and "import hook: none" in out and "by `diff`" in error
     code, out, error = run(capsys, "status", "--root", str(tmp_path))
-    assert (code, out) == (1, "") and f"no megatron-core source tree at {tmp_path}" in error
+    assert (code, out) == (1, "") and f"no megatron-core at {tmp_path}" in error
     (tmp_path / "megatron").symlink_to(root / "megatron")
     monkeypatch.setattr(sites, "NEWEST", (0, 11))
     code, out, _ = run(capsys, "status", "--root", str(tmp_path))
@@ -100,7 +100,7 @@ def test_status_of_another_tree(capsys, tmp_path, monkeypatch, hooked):
     sites.supported.cache_clear()
     monkeypatch.setattr(sites, "OLDEST", (99, 0))
     code, out, error = run(capsys, "status", "--root", str(tmp_path))
-    assert (code, out, error.count("\n")) == (1, "", 1) and "is older than 99.0" in error
+    assert (code, out, error.count("\n")) == (1, "", 1) and "is too old: 99.0" in error
     sites.supported.cache_clear()
 
 
@@ -135,7 +135,7 @@ def job(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("factory", "message"),
     [
-        ("somebodys:nothing", "somebodys:nothing: TypeError: audit takes a torch.nn.Module"),
+        ("somebodys:nothing", "somebodys:nothing: TypeError: "),
         ("somebodys:no_language_model", "no language model of megatron-core"),
         ("somebodys:broken", "somebodys.py:8: KeyError: 'what was looked for"),
         ("somebodys:missing", "AttributeError: module 'somebodys' has no attribute 'missing'"),

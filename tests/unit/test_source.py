@@ -20,7 +20,7 @@ from megatron_sp_fix.upstream_tests import core
 
 MATRIX = Path(__file__).parents[2] / ".cache/matrix"
 CHECKOUT = os.environ.get("MEGATRON_LM", "")
-RELEASES = sorted(path.name for path in MATRIX.glob("*")) if MATRIX.is_dir() else []
+RELEASES = sorted(path.name for path in MATRIX.glob("*") if re.fullmatch(r"[0-9.]+", path.name))
 TAGS = ["HEAD", *(f"core_v0.{minor}.0" for minor in range(12, 20))] if CHECKOUT else []
 GPT = "megatron/core/models/gpt/gpt_model.py"
 MTP = "megatron/core/transformer/multi_token_prediction.py"
@@ -112,7 +112,7 @@ def test_the_diff_applies_and_comes_off_to_the_byte(name, tmp_path):
     check_round_trip(make(name, tmp_path))
 
 
-@pytest.mark.parametrize("name", ["installed", *RELEASES, *TAGS])
+@pytest.mark.parametrize("name", ["installed", *TAGS])
 def test_the_mails_are_steps_to_the_same_tree(name, tmp_path):
     tree = make(name, tmp_path)
     patch = source.diff(tree)
@@ -167,6 +167,7 @@ def test_files_keep_their_form(tree, form):
             elif form == "no newline at the end":
                 text = text.rstrip(b"\n")
             else:
+                text = re.sub(rb"(?m)^(from .*)$", rb"\1  # imported", text)
                 text = re.sub(rb"(?m)^(    +decoder_input = .*\))$", rb"\1  # a fork's", text)
                 text = text.replace(
                     b"(input_ids=input_ids, position", b"(\n input_ids=input_ids,position"
@@ -175,6 +176,8 @@ def test_files_keep_their_form(tree, form):
     git(tree, "config", "core.autocrlf", "false")
     commit(tree)
     patch = check_round_trip(tree)
+    if form == "comments":
+        assert not re.search(rb"(?m)^-.*# imported", patch)
     if form == "crlf":
         added = [line for line in patch.split(b"\n") if line.startswith((b"+", b"-"))]
         assert all(line.endswith(b"\r") for line in added if line[:3] not in (b"+++", b"---"))
