@@ -63,7 +63,8 @@ class Finder:
             if not self.running:
                 self.check()
         except Exception as error:
-            patching.remove()
+            if not self.error:  # later on, somebody may have called apply()
+                patching.remove()
             if self.mode == "warn" and not self.error:
                 _say(f"off in this process: {error}")
             self.error = error
@@ -72,10 +73,12 @@ class Finder:
 
     def check(self) -> None:
         """Fail if another finder kept a module from this one; say once what is patched."""
-        from megatron_sp_fix import patching
+        from megatron_sp_fix import patching, sites
 
         found = patching.status()
-        missed = ", ".join(site.name for site in found.sites if site.state == "not patched")
+        # What was patched may have been changed since, which is not this hook's matter.
+        left = [site.name for site in found.sites if site.state == "not patched"]
+        missed = ", ".join(n for n in left if not any(p.endswith("." + n) for p in self.patched))
         if missed and not patching._removed:
             raise RuntimeError(
                 f"{missed} not patched: an import hook in front of this one has loaded it without "
@@ -84,7 +87,9 @@ class Finder:
         rank = next((os.environ[name] for name in RANKS if name in os.environ), "0")
         if self.patched and not self.said and rank == "0":
             names = ", ".join(".".join(name.split(".")[-2:]) for name in self.patched)
-            _say(f"patched {names} in megatron-core {found.version} at {found.root}")
+            remark = sites.supported(sites.installed_root())[1]
+            where = f"megatron-core {found.version} at {found.root}"
+            _say(f"patched {names} in {where}{remark and f'; {remark}'}")
         self.said = True
 
     def check_at_exit(self) -> None:

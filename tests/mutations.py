@@ -65,8 +65,8 @@ MUTATIONS = (
     Mutation(
         "scatters twice, after a reduce-scatter",
         _EMBEDDING,
-        r"return embedding\(\s*(input_ids=.*, scatter_to_sequence_parallel=True)\s*\)",
-        r"return tensor_parallel.scatter_to_sequence_parallel_region(embedding(\1))",
+        r"embeddings = (embedding\(\s*input_ids=.*, scatter_to_sequence_parallel=True\s*\))$",
+        r"return tensor_parallel.scatter_to_sequence_parallel_region(\1)",
     ),
     Mutation("a view", _EMBEDDING, r"embeddings\.clone\(\) if config.*", "embeddings"),
     Mutation("always clones", _EMBEDDING, r" if config\.clone_.* else embeddings", ""),
@@ -86,8 +86,11 @@ MUTATIONS = (
         r"(type\(embedding\.word_embeddings\)\.forward) is _WORD_EMBEDDING_FORWARD",
         r"\1.__module__ == tensor_parallel.VocabParallelEmbedding.__module__",
     ),
+    Mutation(
+        "no check of the rows", _EMBEDDING, r"if embeddings\.shape\[0\] not in .*", "if False:"
+    ),
     Mutation("no check of the length", _EMBEDDING, r"if length % tp_size:", "if False:"),
-    Mutation("checks the length too late", _EMBEDDING, r"_check_length\(input_ids.*", "pass"),
+    Mutation("checks the length too late", _EMBEDDING, r" _check_length\(length, .*", " pass"),
     Mutation("scatters for functions", _EMBEDDING, r"_parallel', True\)", "_parallel', False)"),
 )
 

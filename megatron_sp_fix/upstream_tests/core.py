@@ -134,8 +134,8 @@ def scatter_embeddings(
 def _check_length(length: int, tp_size: int) -> None:
     if length % tp_size:
         raise ValueError(
-            f"sequence parallelism cannot scatter a sequence of length {length} over a tensor "
-            f"parallel size of {tp_size}: pad it to a multiple of {tp_size}"
+            f"sequence length {length} is not divisible by the tensor parallel size {tp_size}: pad "
+            f"it to {-(-length // tp_size) * tp_size} tokens, or set sequence_parallel=False"
         )'''
 
 #: Names that the function needs; the second where there are only global process groups, in 0.12.
@@ -246,11 +246,20 @@ if (
     getattr(type(embedding), 'forward', None) is _EMBEDDING_FORWARD
     and type(embedding.word_embeddings).forward is _WORD_EMBEDDING_FORWARD
 ):
-    _check_length(input_ids.shape[-1], tp_size)
-    return embedding(
+    length = input_ids.shape[-1]
+    _check_length(length, tp_size)
+    embeddings = embedding(
         input_ids=input_ids, position_ids=position_ids, scatter_to_sequence_parallel=True
     )
-{old}"""
+    # A hook may gather the sequence. One that scatters or adds rows expects all of it before.
+    if embeddings.shape[0] not in (length // tp_size, length):
+        raise ValueError(
+            f"the embedding returned {embeddings.shape[0]} rows of {length} tokens, not "
+            f"{length // tp_size}, at tensor parallel size {tp_size}: let nothing inside of "
+            "its call scatter or add rows"
+        )
+else:
+    {old}"""
 
 REDUCE_SCATTER = (
     Change(

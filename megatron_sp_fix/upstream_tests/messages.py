@@ -91,7 +91,8 @@ With the argument, the embedding does what it does in a model that scatters:
 dropout acts on this rank's rows, learned positions are added before a scatter,
 and hooks on either module see this rank's rows.
 {inference}A length that the tensor parallel size does not divide is refused before any
-collective. Without the argument nothing changes.
+collective, and rows that something inside of the call has scattered or added
+are refused after it. Without the argument nothing changes.
 {tests}"""
 
 _INFERENCE = """\

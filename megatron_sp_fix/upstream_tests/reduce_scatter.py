@@ -91,6 +91,21 @@ class TestTowerReduceScatters(_TwoRanks):
         _check_same(plain, tower)
         assert calls
 
+    @pytest.mark.parametrize('shards', [True, False])
+    def test_hook_that_changes_the_rows(self, shards):
+        plain, tower = _plain_and_tower()
+        change = (
+            mappings.scatter_to_sequence_parallel_region
+            if shards
+            else mappings.gather_from_sequence_parallel_region
+        )
+        tower.embedding.register_forward_hook(lambda module, args, output: change(output))
+        if shards:
+            with pytest.raises(ValueError, match='4 rows of 16 tokens, not 8'):
+                tower(**_batch())
+        else:
+            assert torch.equal(self._embed(tower), self._embed(plain))
+
     def test_hooks_of_one_rank(self):
         plain, tower = _plain_and_tower()
         seen = []
@@ -105,6 +120,6 @@ class TestTowerReduceScatters(_TwoRanks):
         _, tower = _plain_and_tower(position=position)
         counts = self._count_collectives(monkeypatch)
         batch = {name: value[..., : SEQ_LENGTH - 1] for name, value in _batch().items()}
-        with pytest.raises(ValueError, match='length 15 over a tensor parallel size of 2: pad'):
+        with pytest.raises(ValueError, match='length 15 is not divisible .* size 2: pad it to 16'):
             tower(**batch)
         assert not counts

@@ -25,8 +25,10 @@ def train(rank, store):
     mask = torch.ones(2, 16)
     (loss * mask).sum().backward()
     # Straight to the pipe: lines of two ranks must not mix.
-    os.write(1, f"rank {rank}: loss of {loss.shape[1]} tokens\n".encode())
+    line = f"rank {rank}: loss of {loss.shape[1]} tokens\n"
+    os.write(1, line.encode())
     torch.distributed.destroy_process_group()
+    return line
 
 
 def by_processes(method, store):
@@ -42,6 +44,7 @@ def by_processes(method, store):
 
 
 def by_ray(store):
+    os.environ["RAY_RAYLET_START_WAIT_TIME_S"] = "300"  # for a machine that is busy
     import ray
 
     ray.init(num_cpus=2, include_dashboard=False, _node_ip_address="127.0.0.1")
@@ -52,10 +55,11 @@ def by_ray(store):
             self.rank = rank
 
         def train(self, store):
-            train(self.rank, store)
+            return train(self.rank, store)
 
     workers = [Worker.remote(rank) for rank in (0, 1)]
-    ray.get([worker.train.remote(store) for worker in workers])
+    # Ray may end before it has brought what the workers wrote.
+    print(*ray.get([worker.train.remote(store) for worker in workers]))
     ray.shutdown()
 
 
