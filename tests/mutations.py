@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whether the tests that the source form adds to megatron-core notice when its code is wrong.
 
-    python tests/mutations.py MEGATRON_LM [--markdown]
+    python tests/mutations.py MEGATRON_LM [--only WORD]
 
 copies a Megatron-LM checkout, puts the source form in, runs the tests that it adds on two ranks,
 and runs them again for each of a number of mistakes. Every mistake must make a test fail. As a
