@@ -1,16 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Let a language tower that embeds its own tokens be a plain LM for that one call.
 
-A multimodal model builds its language model ("tower") with
-``scatter_embedding_sequence_parallel=False``, since the outer model merges image or audio
-embeddings in and shards for sequence parallelism (SP) itself. When the tower embeds its own tokens,
-nobody shards. Here the method that embeds runs as it is, with a :class:`Sharding` as its embedding.
+A tower is built with ``scatter_embedding_sequence_parallel=False``, since an outer model merges in
+image or audio embeddings and shards for sequence parallelism (SP) itself. When it embeds its own
+tokens nobody shards. Here its method runs as it is, with a :class:`Sharding` as the embedding.
 """
 
 import inspect
 from collections.abc import Callable
 from types import FunctionType
-from typing import Any, Optional
+from typing import Any
 
 from megatron.core import parallel_state
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
@@ -42,28 +41,28 @@ def needs_shard(owner: Any, embedding: Any) -> bool:
     )
 
 
-def sharding(model: Any, call: Callable[[], Any], context: Any, required: bool) -> Any:
+def sharding(model: Any, call: Callable[[], Any], context: Any, native: str) -> Any:
     """Run a model's method while ``model.embedding``, which needs it, is a :class:`Sharding`.
 
     Args:
         model: a ``GPTModel``, ``HybridModel`` or ``MambaModel``, or of a subclass.
         call: runs the original method, whose result is returned.
         context: a ``BaseInferenceContext`` or None; with fp8 or fp4, its padding rows are zeroed.
-        required: raise a TypeError if ``embedding`` is a property, which nothing can stand in for;
-            False where megatron-core's own code would scatter without us.
+        native: as of ``sites.Found``; empty for other people's, which may embed more than once.
     """
-    mine = Sharding(model.embedding, tp_group(model, model.embedding))
+    mine = Sharding(model.embedding, tp_group(model, model.embedding), once=bool(native))
     quantized = getattr(model.config, "fp8", None) or getattr(model.config, "fp4", None)
     if quantized and context is not None and context.is_dynamic_batching():
-        object.__setattr__(mine, "_active", context.active_token_count)
+        mine._sp_active = context.active_token_count
     # Python finds what stands in the instance's `__dict__` before a registered submodule.
     before = model.__dict__.get("embedding", mine)
     model.__dict__["embedding"] = mine
     try:
-        if required and model.embedding is not mine:
+        if native != "own scatter" and model.embedding is not mine:
             raise TypeError(f"{type(model).__name__}.embedding is a property: make it a submodule")
         return call()
     finally:
+        mine._sp_done = True
         if model.__dict__.get("embedding") is mine:  # else somebody assigned another, which stays
             model.__dict__["embedding"] = before
             if before is mine:
@@ -73,40 +72,42 @@ def sharding(model: Any, call: Callable[[], Any], context: Any, required: bool) 
 def sharding_rows(owner: Any, embedding: Any, hidden_states: Any) -> Any:
     """The embedding that gives an MTP layer as many rows as it has hidden states ``[s, b, h]``."""
     if type(embedding) is Sharding:  # of the model, or of the method that called this one
-        embedding = embedding._embedding
+        embedding = embedding._sp_real
     if not needs_shard(owner, embedding):
         return embedding
     return Sharding(embedding, tp_group(owner, embedding), hidden_states.shape[0])
 
 
 class Sharding:
-    """Stands in for an embedding in every way, but returns `rows` rows, or ``s / tp`` if None."""
+    """Stands in for an embedding until it is done, and returns `rows` rows, or ``s / tp`` if 0."""
 
-    scatter_to_sequence_parallel = True  # code that shards what an embedding returns asks this
-    _own = "_embedding", "_group", "_rows", "_active"  # all else is the embedding's
+    scatter_to_sequence_parallel = True  # who shards what an embedding returns asks it, or sets it
+    _sp_active: Any = None  # tokens in a quantized batch
+    _sp_done = False
 
-    def __init__(self, embedding: Any, group: Any, rows: Optional[int] = None) -> None:
-        for name, value in zip(self._own, (embedding, group, rows, None)):
-            object.__setattr__(self, name, value)
+    def __init__(self, embedding: Any, group: Any, rows: int = 0, once: bool = False) -> None:
+        self._sp_real, self._sp_group, self._sp_rows, self._sp_once = embedding, group, rows, once
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(object.__getattribute__(self, "_embedding"), name)
+        return getattr(object.__getattribute__(self, "_sp_real"), name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        setattr(self._embedding, name, value)
+        own = name == "scatter_to_sequence_parallel" or name.startswith("_sp_")
+        object.__setattr__(self, name, value) if own else setattr(self._sp_real, name, value)
 
     @property  # type: ignore[misc]
     def __class__(self) -> Any:  # what isinstance() asks
-        return type(self._embedding)
+        return type(self._sp_real)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Embed ids int64 ``[b, s]`` as a shard ``[s / tp, b, h]``, or raise a ValueError."""
-        embedding, size = self._embedding, self._group.size()
+        embedding, size = self._sp_real, self._sp_group.size()
         ids: Any = kwargs.get("input_ids", args[0] if args else None)
         length = ids.shape[1] if getattr(ids, "ndim", 0) == 2 else 0  # else the flag decides
-        rows = self._rows or length // size
-        if rows == length > 0:
+        rows = self._sp_rows or length // size
+        if rows == length > 0 or self._sp_done or not self.scatter_to_sequence_parallel:
             return embedding(*args, **kwargs)
+        self._sp_done = self._sp_once
         stock = _runs(LanguageModelEmbedding, embedding)
         if stock:
             _check_divides(length, size)
@@ -127,28 +128,26 @@ class Sharding:
         declares = hasattr(embedding, "scatter_to_sequence_parallel")
         if output.shape[0] == length or (output.shape[0] != rows and declares):
             _check_divides(output.shape[0], size)
-            where = {"group": self._group} if _TAKES_GROUP else {}
+            where = {"group": self._sp_group} if _TAKES_GROUP else {}
             output = scatter_to_sequence_parallel_region(output, **where)
         if output.untyped_storage().size() > output.numel() * output.element_size():
             output = output.clone()  # a view would keep the full-length tensor alive
-        if self._active is not None:
+        if self._sp_active is not None:
             # megatron-core counts padding rows from the start of the whole sequence.
-            output[max(self._active - self._group.rank() * output.shape[0], 0) :] = 0.0
+            output[max(self._sp_active - self._sp_group.rank() * output.shape[0], 0) :] = 0.0
         return output
 
     forward = __call__
 
 
 def _runs(cls: type, module: Any) -> bool:
-    """Whether the module's class runs megatron-core's own forward of `cls`.
-
-    An instance may have a timer on one rank, but ranks must agree on the collective. (A decorator
-    copies a function's ``__module__``, but not its ``__globals__``.)
-    """
+    """Whether the module's class runs megatron-core's own forward of `cls`."""
+    # Its instance may have a timer on one rank, but ranks must agree on the collective.
     forward: Any = getattr(type(module), "forward", None) if issubclass(type(module), cls) else None
     ours = False
     while type(forward) is FunctionType:
-        ours = forward.__globals__["__name__"].startswith("megatron.core.")
+        # Not `__module__`, which a decorator copies.
+        ours = forward.__globals__.get("__name__", "").startswith("megatron.core.")
         forward = forward.__dict__.get("__wrapped__") if ours else None
     return ours
 

@@ -63,7 +63,8 @@ class Finder:
             if not self.running:
                 self.check()
         except Exception as error:
-            patching.remove()
+            if not self.error:  # later on, somebody may have called apply()
+                patching.remove()
             if self.mode == "warn" and not self.error:
                 _say(f"off in this process: {error}")
             self.error = error
@@ -75,7 +76,9 @@ class Finder:
         from megatron_sp_fix import patching, sites
 
         found = patching.status()
-        missed = ", ".join(site.name for site in found.sites if site.state == "not patched")
+        # What was patched may have been changed since, which is not this hook's matter.
+        left = [site.name for site in found.sites if site.state == "not patched"]
+        missed = ", ".join(n for n in left if not any(p.endswith("." + n) for p in self.patched))
         if missed and not patching._removed:
             raise RuntimeError(
                 f"{missed} not patched: an import hook in front of this one has loaded it without "

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Replace the methods that embed tokens in the megatron-core of this process, and put them back."""
 
+import gc
 import importlib
 import sys
 import threading
@@ -18,6 +19,8 @@ __all__ = ["SiteStatus", "Status", "applied", "apply", "apply_to", "remove", "st
 _Key = tuple[type, str]  # a class and the name of its method
 _lock = threading.RLock()
 _patches: dict[_Key, "_Patch"] = {}
+_undo: list[_Key] = []  # what `applied` blocks, in whatever thread, have replaced
+_open = 0  # how many of them are open
 _removed = False  # whether modules that are imported from now on stay as they are
 
 
@@ -51,7 +54,7 @@ class _Patch:
             if context is None:
                 context = kwargs.get("inference_params")  # its old name, by keyword alone
             call = partial(self._call, owner, args, kwargs)
-            return self.fix.sharding(owner, call, context, self.found.native != "own scatter")
+            return self.fix.sharding(owner, call, context, self.found.native)
         embedding = self._argument("embedding", args, kwargs)
         hidden_states = self._argument("hidden_states", args, kwargs)
         if embedding is not None and hidden_states is not None:
@@ -126,16 +129,18 @@ def apply(*, also: Iterable[Union[type, str]] = ()) -> tuple[str, ...]:
     found, remark = supported(installed_root())
     if remark:
         warnings.warn(remark, stacklevel=2)
-    return _apply([*found], also)
+    keys = _apply([*found], also)
+    _undo.clear()  # it stays, whatever `applied` blocks are open
+    return tuple(map(_name, keys))
 
 
 def apply_to(module: str, also: Iterable[str] = ()) -> tuple[str, ...]:
     """Do what :func:`apply` does for one module, which has just been loaded; import no other."""
     rows = [row for row in supported(installed_root())[0] if row.site.module == module]
-    return () if _removed else _apply(rows, also, module)
+    return () if _removed else tuple(map(_name, _apply(rows, also, module)))
 
 
-def _apply(rows: list[Found], also: Iterable[Union[type, str]], only: str = "") -> tuple[str, ...]:
+def _apply(rows: list[Found], also: Iterable[Union[type, str]], only: str = "") -> list[_Key]:
     global _removed
     targets = []
     for row in rows:
@@ -147,19 +152,23 @@ def _apply(rows: list[Found], also: Iterable[Union[type, str]], only: str = "") 
     for name in (*also, *_eagle()):
         if not only or str(name).startswith(f"{only}:"):
             targets.append(_also(name))
-    replaced = []
+    replaced: list[_Key] = []
     with _lock:  # whatever can fail has been done: all are replaced, or none
         for owner, found in targets:
             key = owner, found.site.method
             current, patch = vars(owner)[key[1]], _patches.get(key)
-            if found.native != "this fix" and _state(current, patch) != "patched":
+            if found.native == "this fix" or _state(current, patch) == "patched":
+                continue
+            if patch is None or not (current is patch.original or _reaches(current, patch)):
                 if patch:
-                    patch.active = False  # lost, or below something that hides it
+                    patch.active = False  # below something that hides it
                 patch = _patches[key] = _Patch(current, found)
+            patch.active = True
+            if current is patch.original:
                 setattr(*key, patch.replacement)
-                replaced.append(_name(key))
+            replaced.append(key)
         _removed = False
-    return tuple(replaced)
+    return replaced
 
 
 def remove() -> tuple[str, ...]:
@@ -175,13 +184,21 @@ def remove() -> tuple[str, ...]:
 
 @contextmanager
 def applied(*, also: Iterable[Union[type, str]] = ()) -> Iterator[None]:
-    """Apply for the length of a ``with`` block, which then puts back what it has replaced."""
-    names = apply(also=also)  # what the import hook patches meanwhile is not this block's
-    mine = [key for key in _patches if _name(key) in names]
+    """Apply for the length of a ``with`` block, or of the last of several that overlap."""
+    global _open, _removed
+    before, keys = _removed, _apply([*supported(installed_root())[0]], also)
+    with _lock:
+        _undo.extend(keys)
+        _open += 1
     try:
         yield
     finally:
-        _restore(mine)
+        with _lock:
+            _open -= 1
+            if _open == 0:
+                _removed = before
+                _restore(_undo)
+                _undo.clear()
 
 
 def status() -> Status:
@@ -200,7 +217,7 @@ def status() -> Status:
             current = vars(cls)[site.method]
             state = _state(current, _patches.get((cls, site.method)))
             plain = type(current) is FunctionType  # other objects may forward `__globals__`
-            home = current.__globals__["__name__"] if plain else type(current).__module__
+            home = current.__globals__.get("__name__", "") if plain else type(current).__module__
             by = {site.module: "", __name__: "megatron_sp_fix"}.get(home, home)
         rows.append(SiteStatus(site.name, native, state, by))
     return Status(".".join(map(str, version(root))), str(root), tuple(rows))
@@ -208,20 +225,22 @@ def status() -> Status:
 
 def _state(current: Any, patch: Optional[_Patch]) -> str:
     """Whether calling what stands in a class reaches the replacement, as far as can be seen."""
-    if patch is None or current is patch.original:
+    if patch is None or not patch.active or current is patch.original:
         return "not patched"
-    seen: dict[int, Any] = {}
-    left = [current]
-    while left:
-        one = left.pop()
+    return "patched" if _reaches(current, patch) else "cannot tell"
+
+
+def _reaches(current: Any, patch: _Patch) -> bool:
+    left, seen = [current], set[int]()
+    while left and len(seen) < 99:  # a mock has attributes of any name, without end
+        one = left.pop(0)
         if one is patch.replacement:
-            return "patched"
+            return True
         if id(one) not in seen:
-            seen[id(one)] = one
-            cells = getattr(one, "__closure__", None) or ()
-            left += [getattr(cell, "cell_contents", None) for cell in cells]
+            seen.add(id(one))
+            left += gc.get_referents(*(getattr(one, "__closure__", None) or ()))  # cells' contents
             left += [getattr(one, name, None) for name in ("__wrapped__", "__func__", "func")]
-    return "cannot tell"
+    return False
 
 
 def _owner(module: Any, name: str, method: str) -> Optional[type]:
@@ -275,15 +294,17 @@ def _name(key: _Key) -> str:
 
 
 def _restore(keys: list[_Key]) -> tuple[str, ...]:
+    restored: list[str] = []
+    left: list[str] = []
     with _lock:
-        restored = []
-        for key in filter(_patches.__contains__, keys):
-            patch = _patches.pop(key)
+        for key in keys:
+            patch = _patches[key]
+            if patch.active:
+                back = vars(key[0]).get(key[1]) is patch.replacement
+                if back:
+                    setattr(*key, patch.original)
+                (restored if back else left).append(_name(key))
             patch.active = False
-            if vars(key[0]).get(key[1]) is patch.replacement:
-                setattr(*key, patch.original)
-                restored.append(_name(key))
-            else:
-                text = f"{_name(key)} carries a later patch, which stays; the fix below it is off"
-                warnings.warn(text, stacklevel=3)
-        return tuple(restored)
+    for name in left:  # at the end, since under `-W error` it raises
+        warnings.warn(f"{name}: a later patch stays; the fix below it is off", stacklevel=3)
+    return tuple(restored)

@@ -119,9 +119,9 @@ def test_a_model_that_embeds_by_itself(name, tp):
 def test_a_class_generated_without_source():
     space = {"rest": Whole.rest}
     exec(
-        "def forward(self, ids, positions, mask, decoder_input=None, labels=None):\n"
-        "    full = self.embedding(ids, positions) if decoder_input is None else decoder_input\n"
-        "    return rest(self, full, ids.shape[1], mask, labels)",
+        "def forward(self, input_ids, position_ids, attention_mask, labels=None):\n"
+        "    embedded = self.embedding(input_ids, position_ids)\n"
+        "    return rest(self, embedded, input_ids.shape[1], attention_mask, labels)",
         space,
     )
     plain, tower = pair(type("Generated", (GPTModel,), {"forward": space["forward"]}))

@@ -44,6 +44,7 @@ def by_processes(method, store):
 
 
 def by_ray(store):
+    # For a machine that is busy; Ray reads it in this case alone.
     os.environ["RAY_raylet_start_wait_time_s"] = "300"  # noqa: SIM112
     import ray
 
