@@ -14,7 +14,7 @@ import re
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, Optional, Union
+from typing import Optional, Union
 
 from .sites import OLDEST, UnsupportedMegatronError, version
 from .upstream_tests import core, messages
@@ -23,15 +23,6 @@ from .upstream_tests.core import Change, Import
 __all__ = ["diff", "mail", "signer"]
 
 _TEXTS = Path(__file__).parent / "upstream_tests"
-_WIDTH = 100
-#: The files that are read, of which a tree has some.
-PATHS = sorted(
-    {core.EMBEDDING_TESTS}.union(
-        place.split(":")[0]
-        for change in (*core.PADDING, *core.SCATTER, *core.REDUCE_SCATTER, *core.TESTS)
-        for place in change.places.split(" | ")
-    )
-)
 _Files = dict[str, str]
 _Span = tuple[tuple[int, int], tuple[int, int]]
 
@@ -51,8 +42,8 @@ def diff(root: Path) -> str:
         UnsupportedMegatronError: something is not recognized, or a file cannot be read as Python;
             the message names the file, the method and what was looked for.
     """
-    steps = _series(root)
-    return _unified(steps[0].before, steps[-1].after)
+    (_, before, _), *_, (_, _, after) = _series(root)
+    return _unified(before, after)
 
 
 def mail(root: Path, sign_off: str) -> str:
@@ -68,17 +59,17 @@ def mail(root: Path, sign_off: str) -> str:
     Raises:
         UnsupportedMegatronError: as for :func:`diff`.
     """
-    steps = [step for step in _series(root) if step.before != step.after]
+    steps = [step for step in _series(root) if step[1] != step[2]]
     date = email.utils.formatdate(localtime=True)
     mails = ""
-    for number, step in enumerate(steps, 1):
-        subject, body = messages.message(step.name, step.before)
+    for number, (name, before, after) in enumerate(steps, 1):
+        subject, body = messages.message(name, before)
         mails += (
             f"From {'0' * 40} Mon Sep 17 00:00:00 2001\nFrom: {sign_off}\nDate: {date}\n"
             f"Subject: [PATCH {number}/{len(steps)}] {subject}\nMIME-Version: 1.0\n"
             "Content-Type: text/plain; charset=UTF-8\nContent-Transfer-Encoding: 8bit\n\n"
             f"{body}\nSigned-off-by: {sign_off}\n---\n\n"
-            f"{_unified(step.before, step.after)}-- \nmegatron-sp-fix\n\n"
+            f"{_unified(before, after)}-- \nmegatron-sp-fix\n\n"
         )
     return mails
 
@@ -102,20 +93,13 @@ def signer(root: Path) -> str:
     return f"{values[0]} <{values[1]}>"
 
 
-class _Step(NamedTuple):
-    """One patch of the series: its name, and the files before and after it."""
-
-    name: str
-    before: _Files
-    after: _Files
-
-
-def _series(root: Path) -> list[_Step]:
+def _series(root: Path) -> list[tuple[str, _Files, _Files]]:
+    """Each patch's name, and the files before and after it."""
     release = version(root)
     if release[:2] < OLDEST:
         found, oldest = (".".join(map(str, numbers)) for numbers in (release, OLDEST))
         raise UnsupportedMegatronError(f"megatron-core {found} at {root} is older than {oldest}")
-    files = {path: _read(root, path) for path in PATHS if (root / path).is_file()}
+    files = {path: _read(root, path) for path in core.PATHS if (root / path).is_file()}
     groups = core.GROUPS[0] if "tp_group" in files.get(core.EMBEDDING, "") else core.GROUPS[1]
     padded = any("padding_slice" in text for text in files.values())
     steps = []
@@ -132,12 +116,12 @@ def _series(root: Path) -> list[_Step]:
                 raise UnsupportedMegatronError(f"{root}: {error}") from None
         for part in ("ranks", name) if changes and core.EMBEDDING_TESTS in files else ():
             _add_tests(files, part)
-        for path, text in files.items():
-            if name == "scatter" and re.search(core.SCATTERED_AGAIN, text):
-                raise UnsupportedMegatronError(
-                    f"{root / path}: a statement unknown to megatron-core scatters decoder_input"
-                )
-        steps.append(_Step(name, before, files))
+        steps.append((name, before, files))
+    for path, text in files.items():
+        if re.search(core.SCATTERED_AGAIN, text):
+            raise UnsupportedMegatronError(
+                f"{root / path}: a statement unknown to megatron-core scatters decoder_input"
+            )
     return steps
 
 
@@ -243,20 +227,11 @@ def _replaced(text: str, span: _Span, new: str) -> str:
     head, tail = lines[first - 1][:start], lines[last - 1][stop:]
     old = "".join(lines[first - 1 : last])[start : -len(tail) or None]
     indent = head[: len(head) - len(head.lstrip())]
-    rows = [_wrapped(indent + row) if row else "" for row in new.split("\n")]
+    rows = [indent + row if row else "" for row in new.split("\n")]
     rows[-1] = rows[-1] or indent
     made = "\n".join(rows).replace("    {outdent}", "").removeprefix(indent)
     made = made.replace("\n", _end(lines)).replace("{old}", old)
     return "".join([*lines[: first - 1], head + made + tail, *lines[last:]])
-
-
-def _wrapped(row: str) -> str:
-    """Break a call as black would: its arguments on the next line."""
-    parts = re.fullmatch(r"(\s*)([^(]*\()(.*)\)", row)
-    if len(row) <= _WIDTH or parts is None:
-        return row
-    indent, function, arguments = parts.groups()
-    return f"{indent}{function}\n{indent}    {arguments}\n{indent})"
 
 
 def _with_import(text: str, module: str, names: Sequence[str]) -> str:
@@ -278,7 +253,7 @@ def _with_import(text: str, module: str, names: Sequence[str]) -> str:
         first = last + 1
     names = sorted(names, key=lambda name: (not name[0].isupper(), name))
     row = f"from {module} import {', '.join(names)}"
-    if len(row) > _WIDTH:
+    if len(row) > 100:
         row = "\n".join([f"from {module} import (", *(f"    {name}," for name in names), ")"])
     row = (row + "\n").replace("\n", _end(lines))
     return "".join([*lines[: first - 1], row, *lines[last:]])
@@ -304,7 +279,7 @@ def _add_tests(files: _Files, part: str) -> None:
 def _variant(files: _Files, text: str) -> str:
     for path, word, pairs in core.VARIANTS:
         for old, new in pairs if word not in files.get(path, "") else ():
-            text = text.replace(old, new)
+            text = re.sub(old, new, text, flags=re.DOTALL)
     return text
 
 

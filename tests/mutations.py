@@ -29,7 +29,6 @@ _MTP_TESTS = "tests/unit_tests/transformer/test_multi_token_prediction.py"
 
 _SCATTERS = r"scatter_embeddings\(\s*([\w.]+), (input_ids|next_token_ids), position_ids, [^)]*\)"
 _EMBEDS = r"\1(input_ids=\2, position_ids=position_ids)"
-_NEVER = r"if False and _runs_own_forward(embedding, LanguageModelEmbedding)"
 
 _ADDED_TO_MTP = "test_get_embeddings_scatters_when_embedding_does_not"
 _ADDED = f"{_ADDED_TO_MTP} or PaddingRows or Tower"
@@ -55,9 +54,14 @@ MUTATIONS = (
         "MTP does not scatter in its step", _MTP, _SCATTERS.replace("input_ids|", ""), _EMBEDS
     ),
     Mutation(
-        "MTP's step always scatters", _MTP, r"if hidden_states\.shape\[0\] == .*:", "if False:"
+        "MTP's step always scatters",
+        _MTP,
+        r"if self.* hidden_states\.shape\[0\] == .*:",
+        "if False:",
     ),
-    Mutation("scatters twice", _EMBEDDING, r"if embeddings\.shape\[0\] \* tp_size .*", "if False:"),
+    Mutation("scatters twice", _EMBEDDING, r"if input_ids is not None and .*", "if False:"),
+    Mutation("needs token ids", _EMBEDDING, "if input_ids is not None and", "if"),
+    Mutation("needs [b, s]", _EMBEDDING, r"(\* tp_size == input_ids\.shape)\[-1\]", r"\1[1]"),
     Mutation(
         "scatters twice, after a reduce-scatter",
         _EMBEDDING,
@@ -65,16 +69,28 @@ MUTATIONS = (
         r"return tensor_parallel.scatter_to_sequence_parallel_region(\1)",
     ),
     Mutation("a view", _EMBEDDING, r"embeddings\.clone\(\) if config.*", "embeddings"),
-    Mutation("a view, of a stock embedding", _EMBEDDING, r"None or not reduce_scatter", "None"),
     Mutation("always clones", _EMBEDDING, r" if config\.clone_.* else embeddings", ""),
     Mutation("always clones a stock embedding's", _EMBEDDING, r"self\.config\.clone_\w+", "True"),
-    Mutation("all-reduce and split", _EMBEDDING, r"if own_forward:", "if False:"),
-    Mutation("replaced forwards get the argument", _EMBEDDING, r" and .*__module__$", ""),
+    Mutation(
+        "all-reduce and split", _EMBEDDING, r"(\(type\(embedding\), .* is) _EMB.*", r"\1 False"
+    ),
+    Mutation(
+        "replaced embeddings get the argument",
+        _EMBEDDING,
+        r"getattr\(type\(embedding\), 'forward', None\) is _EMBEDDING_FORWARD",
+        "getattr(type(embedding).forward, '__module__', '') == LanguageModelEmbedding.__module__",
+    ),
+    Mutation(
+        "replaced word embeddings get the argument",
+        _EMBEDDING,
+        r"(type\(embedding\.word_embeddings\)\.forward) is _WORD_EMBEDDING_FORWARD",
+        r"\1.__module__ == tensor_parallel.VocabParallelEmbedding.__module__",
+    ),
     Mutation(
         "no check of the rows", _EMBEDDING, r"if embeddings\.shape\[0\] not in .*", "if False:"
     ),
     Mutation("no check of the length", _EMBEDDING, r"if length % tp_size:", "if False:"),
-    Mutation("checks the length too late", _EMBEDDING, r"_check_length\(input_ids.*", "pass"),
+    Mutation("checks the length too late", _EMBEDDING, r" _check_length\(length, .*", " pass"),
     Mutation("scatters for functions", _EMBEDDING, r"_parallel', True\)", "_parallel', False)"),
 )
 

@@ -8,7 +8,7 @@ HYBRID = "megatron/core/models/hybrid/hybrid_model.py"
 MAMBA = "megatron/core/models/mamba/mamba_model.py"  # up to 0.17
 MTP = "megatron/core/transformer/multi_token_prediction.py"
 _MODULE = "megatron/core/models/common/language_module/language_module.py"
-_LAYERS = "megatron/core/tensor_parallel/layers.py"
+LAYERS = "megatron/core/tensor_parallel/layers.py"
 EMBEDDING = "megatron/core/models/common/embeddings/language_model_embedding.py"
 EMBEDDING_TESTS = "tests/unit_tests/models/test_base_embedding.py"
 
@@ -54,9 +54,8 @@ _MTP_TRAINING = (  # the block's in 0.12 and 0.13
     f"{MTP}: MultiTokenPredictionLayer._get_embeddings | {MTP}: MultiTokenPredictionBlock.forward"
 )
 _MTP_STEP = f"{MTP}: MultiTokenPredictionLayer.forward_single_position"  # 0.17 on
-_INIT = f"{EMBEDDING}: LanguageModelEmbedding.__init__"
 _FORWARD = f"{EMBEDDING}: LanguageModelEmbedding.forward"
-_WORDS = f"{_LAYERS}: VocabParallelEmbedding.forward"
+_WORDS = f"{LAYERS}: VocabParallelEmbedding.forward"
 
 _PADDING_METHOD = '''\
 {old}
@@ -124,7 +123,7 @@ def scatter_embeddings(
     tp_size = get_pg_size(get_tensor_model_parallel_group_if_none(tp_group))
     embeddings = embedding(input_ids=input_ids, position_ids=position_ids)
     # A wrapper may have scattered already what the embedding inside it returned.
-    if embeddings.shape[0] * tp_size == input_ids.shape[1]:
+    if input_ids is not None and embeddings.shape[0] * tp_size == input_ids.shape[-1]:
         return embeddings
     _check_length(embeddings.shape[0], tp_size)
     embeddings = tensor_parallel.scatter_to_sequence_parallel_region(embeddings, group=tp_group)
@@ -150,13 +149,16 @@ GROUPS = (
 )
 
 _EMBED = "decoder_input = {}(input_ids={}, position_ids=position_ids)"
-_SCATTER = "decoder_input = scatter_embeddings({}, {}, position_ids, self.config{{group}})"
-_STEP = f"""\
+_SCATTER = """\
+decoder_input = scatter_embeddings(
+    {}, {}, position_ids, self.config{{group}}
+)"""
+_STEP = """\
 # Hidden states of all positions, not scattered, go with the embeddings of all positions.
-if hidden_states.shape[0] == next_token_ids.shape[1]:
-    {{old}}
+if self.config.sequence_parallel and hidden_states.shape[0] == next_token_ids.shape[-1]:
+    {old}
 else:
-    {_SCATTER.format("embedding", "next_token_ids")}"""
+    """ + _SCATTER.format("embedding", "next_token_ids").replace("\n", "\n    ")
 
 SCATTER: tuple[Union[Change, Import], ...] = (
     Import(f"{EMBEDDING}:", "typing", ("Callable", "Optional")),
@@ -220,35 +222,31 @@ if scatter_to_sequence_parallel is None:
     {old}
 else:
     scatter = scatter_to_sequence_parallel
-    reduce_scatter = self._reduce_scatters(scatter)
+    reduce_scatter = (
+        scatter
+        and not self.add_position_embedding
+        and self.num_tokentypes <= 0
+        and self.config.sequence_parallel
+    )
     word_embeddings = self.word_embeddings(
         input_ids, reduce_scatter_embeddings=reduce_scatter
     )"""
 
-_CLONES = """\
-(
-    self.config.clone_scatter_output_in_embedding
-    and scatter
-    and (scatter_to_sequence_parallel is None or not reduce_scatter)
-)"""
-
-_OWN_FORWARD = '''\
-{old}
+_OWN_FORWARDS = """\
+# The forwards that know how to return a rank's part, and not what may take their place.
+_EMBEDDING_FORWARD = LanguageModelEmbedding.forward
+_WORD_EMBEDDING_FORWARD = tensor_parallel.VocabParallelEmbedding.forward
 
 
-def _runs_own_forward(module: torch.nn.Module, cls: type) -> bool:
-    """Whether a module runs the forward that its class has in this library, not a replacement.
-
-    Classes decide, not what can be set on a module of one rank: the ranks' collectives must match.
-    """
-    return issubclass(type(module), cls) and type(module).forward.__module__ == cls.__module__'''
+{old}"""
 
 _REDUCE_SCATTER = """\
-length = input_ids.shape[1]
-own_forward = _runs_own_forward(embedding, LanguageModelEmbedding) and _runs_own_forward(
-    embedding.word_embeddings, tensor_parallel.VocabParallelEmbedding
-)
-if own_forward:
+# Classes decide, not what is set on a module of one rank: the ranks' collectives must match.
+if (
+    getattr(type(embedding), 'forward', None) is _EMBEDDING_FORWARD
+    and type(embedding.word_embeddings).forward is _WORD_EMBEDDING_FORWARD
+):
+    length = input_ids.shape[-1]
     _check_length(length, tp_size)
     embeddings = embedding(
         input_ids=input_ids, position_ids=position_ids, scatter_to_sequence_parallel=True
@@ -262,8 +260,6 @@ if own_forward:
         )
 else:
     {old}"""
-
-_CONDITIONS = "not self.add_position_embedding and self.num_tokentypes <= 0"
 
 REDUCE_SCATTER = (
     Change(
@@ -294,23 +290,6 @@ REDUCE_SCATTER = (
         "reduce_scatter_embeddings is None",
     ),
     Change(
-        _INIT,
-        f"self.reduce_scatter_embeddings = {_CONDITIONS} and self.config.sequence_parallel "
-        "and self.scatter_to_sequence_parallel",
-        "self.reduce_scatter_embeddings = self._reduce_scatters(self.scatter_to_sequence_parallel)",
-        "self._reduce_scatters(",
-    ),
-    Change(
-        f"{EMBEDDING}: LanguageModelEmbedding",
-        "def __init__",
-        "{old}\n\ndef _reduce_scatters(self, scatter: bool) -> bool:\n"
-        '    """Whether the word embeddings are all there is to scatter."""\n'
-        "    return (\n        not self.add_position_embedding\n"
-        "        and self.num_tokentypes <= 0\n        and self.config.sequence_parallel\n"
-        "        and scatter\n    )",
-        "def _reduce_scatters",
-    ),
-    Change(
         _FORWARD,
         "self, input_ids: Tensor, position_ids: Tensor, tokentype_ids: int=None",
         "\n    self,\n    input_ids: Tensor,\n    position_ids: Tensor,\n"
@@ -327,12 +306,6 @@ REDUCE_SCATTER = (
         "maybe",
     ),
     Change(
-        _FORWARD,
-        "self.config.clone_scatter_output_in_embedding and self.scatter_to_sequence_parallel",
-        _CLONES,
-        "is None or",
-    ),
-    Change(
         _FORWARD, "every self.reduce_scatter_embeddings", "reduce_scatter", "if not reduce_scatter:"
     ),
     Change(
@@ -345,15 +318,20 @@ REDUCE_SCATTER = (
         _FORWARD,
         "word_embeddings = self.word_embeddings(input_ids)",
         _WITH_SCATTER,
-        "self._reduce_scatters(",
+        "scatter = scatter_to_sequence_parallel",
     ),
     Change(
         f"{EMBEDDING}: scatter_embeddings",
         "embeddings = embedding(input_ids=input_ids, position_ids=position_ids)",
         _REDUCE_SCATTER,
-        "_runs_own_forward(",
+        "is _EMBEDDING_FORWARD",
     ),
-    Change(f"{EMBEDDING}:", "def _check_length", _OWN_FORWARD, "def _runs_own_forward"),
+    Change(
+        f"{EMBEDDING}:",
+        "def scatter_embeddings",
+        _OWN_FORWARDS,
+        "_EMBEDDING_FORWARD = LanguageModelEmbedding.forward",
+    ),
 )
 
 _MTP_TESTS = "tests/unit_tests/transformer/test_multi_token_prediction.py"
@@ -401,31 +379,51 @@ mtp_layer.tp_group = types.SimpleNamespace(size=lambda: 2)""",
     ),
 )
 
-#: What to write otherwise where a file lacks a word.
+#: The files that are read, of which a tree has some.
+PATHS = sorted(
+    {EMBEDDING_TESTS}.union(
+        place.split(":")[0]
+        for change in (*PADDING, *SCATTER, *REDUCE_SCATTER, *TESTS)
+        for place in change.places.split(" | ")
+    )
+)
+
+#: Where a file lacks a word: regular expressions, and what to write for what they match.
 VARIANTS = (
     (
         EMBEDDING,
         "tp_group",
         (
-            ("    tp_group: Optional[torch.distributed.ProcessGroup] = None,\n", ""),
+            (r"    tp_group: Optional\[torch\.distributed\.ProcessGroup\] = None,\n", ""),
+            (r"        tp_group \(ProcessGroup, optional\): [^\n]*\n", ""),
             (
-                "        tp_group (ProcessGroup, optional): The tensor parallel group. "
-                "Defaults to the global one.\n",
-                "",
-            ),
-            (
-                "get_pg_size(get_tensor_model_parallel_group_if_none(tp_group))",
+                r"get_pg_size\(get_tensor_model_parallel_group_if_none\(tp_group\)\)",
                 "parallel_state.get_tensor_model_parallel_world_size()",
             ),
-            (", group=tp_group", ""),
+            (r", group=tp_group", ""),
         ),
     ),
     (
         GPT,
         "InferenceMode",  # up to 0.17: an inference context and eval() are the mode
         (
-            ("from megatron.core.inference.utils import InferenceMode\n", ""),
-            ("with InferenceMode.active(), torch.no_grad():", "with torch.no_grad():"),
+            (r"from megatron\.core\.inference\.utils import InferenceMode\n", ""),
+            (r"with InferenceMode\.active\(\), torch\.no_grad\(\):", "with torch.no_grad():"),
         ),
+    ),
+    (
+        HYBRID,
+        "class HybridModel",  # the tests build no MambaModel
+        (
+            (r"from megatron\.core\.(models\.hybrid|transformer\.spec_utils)[^\n]*\n", ""),
+            (r"    if kind == 'hybrid':.*?(?=    layers = )", ""),
+            (r"'gpt', 'hybrid'", "'gpt'"),
+            (r" *\('hybrid', '\w+'\),\n", ""),
+        ),
+    ),
+    (
+        MTP,
+        "def forward_single_position",
+        ((r"    @pytest\.mark\.parametrize\('scattered'.*?(?=    def test_outer)", ""),),
     ),
 )

@@ -16,8 +16,8 @@ _PADDING = """\
 With quantization scales, {models} zero the embeddings of
 a dynamic batch's padding tokens, so that these do not count in amax.
 padding_slice counts from the start of the batch. Under sequence parallelism a
-rank has s / tp rows of it, so every rank but the first keeps padding rows that
-are not zero.
+rank has s / tp rows of it, so every rank but the first may keep padding rows
+that are not zero.
 
 LanguageModule gets a method that takes the rank's offset into account, and both
 models call it. Where a rank has all rows, nothing changes.
@@ -25,31 +25,28 @@ models call it. Where a rank has all rows, nothing changes.
 
 _SCATTER = """\
 An embedding built with scatter_to_sequence_parallel=False returns all rows,
-[s, b, h], because the multimodal model around the language model inserts other
-embeddings before it scatters. When the language model embeds its own tokens
-(distillation, quantization, text-only training), its decoder must get
-[s / tp, b, h].
+[s, b, h], for a multimodal model to insert other embeddings. When the language
+model embeds its own tokens (distillation, quantization, text-only training),
+its decoder must get [s / tp, b, h].
 {today}
-scatter_embeddings, beside LanguageModelEmbedding, embeds for a decoder, and
-scatters where the embedding does not. {models} and
-multi-token prediction call it.
-- The scattered part is cloned as clone_scatter_output_in_embedding says. A view
+scatter_embeddings, beside LanguageModelEmbedding, scatters where the embedding
+does not. {callers} and multi-token prediction call it.
+- The part is cloned as clone_scatter_output_in_embedding says, since a view
   keeps all rows until backward.
-- Rows that are s / tp already, from a wrapper that scatters, are not scattered
-  again.
-- An embedding without the attribute scatter_to_sequence_parallel (a function)
-  is left alone.
-- A length that the tensor parallel size does not divide raises a ValueError
-  that says so.
+- Rows that are s / tp already, from a wrapper, are not scattered again.
+{flagless}- A length that the tensor parallel size does not divide raises a ValueError.
 {changes}
 A multimodal model sees no change: its own calls of the embedding return all
 rows. Padding masks are not touched.
 {tests}"""
 
-_FLAGLESS = """\
-- For an embedding without the attribute, {models} raise an
-  AttributeError today.
+_LEFT_ALONE = """\
+- An embedding without the attribute scatter_to_sequence_parallel (a function)
+  is left alone.{loud}
 """
+
+_LOUD = """ {models} raise an AttributeError today:
+  a loud error becomes a pass-through."""
 
 _STEP = """\
 - In the speculative step, hidden states of all rows go with embeddings of all
@@ -61,8 +58,8 @@ _TESTS = {
     "scatter": """\
 The new tests run on two ranks and compare loss, gradients and what the decoder
 and the MTP layer are given, bitwise, with a model that scatters. They fail if
-{sites} does not scatter, if the
-part is a view, or if it is scattered twice.
+{sites} does not scatter,
+if the part is a view, or if it is scattered twice.
 """,
     "reduce_scatter": """\
 The new tests count the collectives of the tensor parallel group, and fail if
@@ -83,20 +80,25 @@ all rows.
 
 LanguageModelEmbedding.forward and VocabParallelEmbedding.forward take an
 optional argument that overrides, for one call, what they were built with.
-scatter_embeddings uses it where both modules run the forward of their own
-class. A subclass's forward, or one put in the place of the class's, does not
-get the argument, and its output is scattered as before. Classes decide this,
-since the collectives of all ranks must match. A forward set on an instance gets
-the argument, and has to take it.
+scatter_embeddings uses it where the classes of both modules have the forward
+that this library defines. A subclass's forward, or one put in the place of the
+class's (wrapped by functools.wraps or not), does not get the argument, and its
+output is scattered as before. Classes alone decide this, since the collectives
+of all ranks must match: a forward set on an instance gets the argument, and a
+forward set on an instance with a strict signature raises TypeError.
 
 With the argument, the embedding does what it does in a model that scatters:
-dropout acts on this rank's rows, learned positions are added before a scatter
-that is cloned, and hooks on either module see this rank's rows. The output of a
-reduce-scatter is not a view, and is not cloned. A length that the tensor
-parallel size does not divide is refused before any collective, and rows that
-something inside of the call has scattered or added are refused after it.
-Without the argument nothing changes.
+dropout acts on this rank's rows, learned positions are added before a scatter,
+and hooks on either module see this rank's rows.
+{inference}A length that the tensor parallel size does not divide is refused before any
+collective, and rows that something inside of the call has scattered or added
+are refused after it. Without the argument nothing changes.
 {tests}"""
+
+_INFERENCE = """\
+In eval() with transformer_impl='inference_optimized' the embedding now takes
+that implementation's reduce-scatter, as in a plain language model.
+"""
 
 
 def message(name: str, files: dict[str, str]) -> tuple[str, str]:
@@ -113,10 +115,10 @@ def message(name: str, files: dict[str, str]) -> tuple[str, str]:
     decoders = "not self.embedding.scatter_to_sequence_parallel" in files[core.GPT]
     training = 'embedding, "scatter_to_sequence_parallel", True' in files[core.MTP]
     step = "def forward_single_position" in files[core.MTP]
-    today, changes = "", ""
+    today, changes, loud = "", "", ""
     if decoders:
         today = f"\nToday {models} scatter by themselves, and hand on a view.\n"
-        changes += _FLAGLESS.format(models=models)
+        loud = _LOUD.format(models=models)
     else:
         today = f"\nToday {models} do not, and run on all rows on every rank.\n"
     if training:
@@ -134,4 +136,12 @@ def message(name: str, files: dict[str, str]) -> tuple[str, str]:
         tests = "\n" + _TESTS[name].format(sites=sites)
         tests += _MOCKED if name == "scatter" and training else ""
     text = {"padding": _PADDING, "scatter": _SCATTER, "reduce_scatter": _REDUCE_SCATTER}[name]
-    return _SUBJECTS[name], text.format(models=models, today=today, changes=changes, tests=tests)
+    return _SUBJECTS[name], text.format(
+        models=models,
+        callers=models.replace(" and", ","),
+        today=today,
+        flagless=_LEFT_ALONE.format(loud=loud),
+        changes=changes,
+        inference=_INFERENCE if "inference_optimized" in files[core.LAYERS] else "",
+        tests=tests,
+    )

@@ -11,7 +11,7 @@ class TestPaddingRowsOfADynamicBatch(_TwoRanks):
     @pytest.mark.parametrize('active', [3, SEQ_LENGTH // TP_SIZE, SEQ_LENGTH - 3, SEQ_LENGTH])
     @pytest.mark.parametrize('kind', ['gpt', 'hybrid'])
     def test_padding_rows_are_zero_on_every_rank(self, kind, active):
-        model = _language_model(True, kind=kind, position='none').eval()
+        model = _language_model(_config(), kind, position_embedding_type='none').eval()
         model.config.fp8 = 'hybrid'
         model.post_process = False
         model.decoder = _ReturnsItsInput()
@@ -32,7 +32,7 @@ class TestPaddingRowsOfADynamicBatch(_TwoRanks):
 
 class _ReturnsItsInput(torch.nn.Module):
     def forward(self, hidden_states, **kwargs):
-        return hidden_states.unwrap() if hasattr(hidden_states, 'unwrap') else hidden_states
+        return hidden_states.unwrap()
 
 
 class _DynamicBatch:

@@ -65,20 +65,29 @@ class TestTowerReduceScatters(_TwoRanks):
         assert torch.equal(*shards)
 
     @pytest.mark.parametrize('position', ['rope', 'learned_absolute'])
+    @pytest.mark.parametrize('kind', ['plain', 'wraps', 'wraps anything'])
     @pytest.mark.parametrize('replaced', [VocabParallelEmbedding, LanguageModelEmbedding])
-    def test_forward_that_was_replaced_in_its_class(self, monkeypatch, replaced, position):
+    def test_forward_that_was_replaced_in_its_class(self, monkeypatch, replaced, kind, position):
         plain, tower = _plain_and_tower(kind='mtp', position=position)
         original, calls = replaced.forward, []
 
-        def forward(self, input_ids, *args):
+        def forward(self, input_ids, position_ids=None):
             calls.append(self)
-            return original(self, input_ids, *args)
+            if replaced is LanguageModelEmbedding:
+                return original(self, input_ids, position_ids)
+            return original(self, input_ids)
 
-        def forward_by_keyword(self, input_ids, position_ids):
-            return forward(self, input_ids, position_ids)
+        def forward_of_all_rows(self, *args, **kwargs):
+            calls.append(self)
+            output = original(self, *args, **kwargs)
+            assert self in plain.modules() or SEQ_LENGTH in output.shape[:2]
+            return output
 
-        by_keyword = replaced is LanguageModelEmbedding
-        monkeypatch.setattr(replaced, 'forward', forward_by_keyword if by_keyword else forward)
+        replacement = forward_of_all_rows if kind == 'wraps anything' else forward
+        if kind != 'plain':
+            # What functools.wraps does.
+            replacement.__module__, replacement.__wrapped__ = original.__module__, original
+        monkeypatch.setattr(replaced, 'forward', replacement)
         _check_same(plain, tower)
         assert calls
 

@@ -42,7 +42,7 @@ class TestOfItsOwn:
 def make(name, folder):
     """A git checkout of the files that matter, of the installed package, a release or a tag."""
     tree = folder / "tree"
-    for path in [*source.PATHS, VERSION]:
+    for path in [*core.PATHS, VERSION]:
         if name in TAGS:
             command = ["git", "-C", CHECKOUT, "show", f"{name}:{path}"]
             done = subprocess.run(command, capture_output=True, check=False)
@@ -157,7 +157,7 @@ def test_no_name_to_sign_with(tree, monkeypatch):
 
 @pytest.mark.parametrize("form", ["crlf", "bom", "no newline at the end", "comments"])
 def test_files_keep_their_form(tree, form):
-    for path in source.PATHS:
+    for path in core.PATHS:
         if (tree / path).is_file():
             text = (tree / path).read_bytes()
             if form == "crlf":
