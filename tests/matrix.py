@@ -87,7 +87,7 @@ def patch(tree: Path) -> Path:
 def environment(tree: Path) -> dict[str, str]:
     return {
         **os.environ,
-        "PYTHONPATH": str(tree),
+        "PYTHONPATH": f"{tree}{os.pathsep}{ROOT}",
         "PYTHONWARNINGS": "ignore",
         # Where nvcc is present without a GPU, 0.15 compiles at import.
         "TORCH_CUDA_ARCH_LIST": os.environ.get("TORCH_CUDA_ARCH_LIST", "9.0"),

@@ -19,6 +19,11 @@ KINDS = [kind for kind in models.KINDS if models.has(kind)]
 RELEASE = sites.version(sites.installed_root())[:2]
 SITES = {row.site.role: row for row in sites.supported(sites.installed_root())[0]}
 
+#: Whether this tree was patched by `diff`. Where that form differs, as the design of both says:
+SOURCE = SITES["GPT decoder"].native == "this fix"
+flagless = pytest.mark.skipif(SOURCE, reason="source form leaves what has no flag alone")
+runtime_form = pytest.mark.skipif(SOURCE, reason="a mechanism of the runtime form")
+
 needs_mtp = pytest.mark.skipif(
     "mtp" not in KINDS, reason="this release needs Transformer Engine for MTP"
 )
@@ -65,10 +70,14 @@ def check_same(expected, actual):
     assert not different, f"not bitwise equal: {sorted(different)}"
 
 
-def check_shard(shard, length):
-    """It is this rank's part, and owns the bytes of its own rows and no others."""
+def check_shard(shard, length, view=False):
+    """It is this rank's part, and owns the bytes of its own rows and no others.
+
+    What somebody else made a view of, or is told not to clone, stays one in source form.
+    """
     assert shard.shape[0] == length // tp_size(), f"{tuple(shard.shape)} for {length} tokens"
-    assert shard.untyped_storage().nbytes() == shard.numel() * shard.element_size()
+    if not (view and SOURCE):
+        assert shard.untyped_storage().nbytes() == shard.numel() * shard.element_size()
 
 
 def check_tower(plain, tower, data, length, **more):

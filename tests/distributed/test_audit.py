@@ -2,7 +2,6 @@
 """`audit` on built models: what it says of a tower is what a forward then shows (rule 13)."""
 
 import functools
-import os
 
 import common
 import models
@@ -17,7 +16,6 @@ from megatron.core.transformer.module import Float16Module
 from megatron_sp_fix import NotCoveredError, audit
 
 LENGTH = 16
-PATCHED = not os.environ.get("UNPATCHED")
 on_two_ranks = pytest.mark.on_ranks(tp=2, timeout=60)
 OWNER, METHOD = common.place()
 ROLE = {"hybrid": "hybrid decoder"}
@@ -93,9 +91,9 @@ def test_mtp_is_judged_by_itself():
         (found,) = audit(tower)
         for role, method in zip(roles, after):
             setattr(*common.place(role), method)
-        assert verdict(tower) == ("covered" if PATCHED else "not covered")
+        assert verdict(tower) == "covered"
     assert found.verdict == "not covered"
-    assert found.reason == "MTP gets 8 of 8 rows, not 4, at TP 2" or not PATCHED
+    assert found.reason == "MTP gets 8 of 8 rows, not 4, at TP 2"
 
 
 # What a class of somebody else's does is judged by what arrives, not by how it is written.
@@ -205,7 +203,7 @@ def test_agrees_with_a_real_forward(name):
     with fix():
         (found,) = audit(tower)
         assert (rows(tower) == LENGTH // 2) == (found.verdict == "covered")
-        assert found.verdict == expected or not PATCHED
+        assert found.verdict == expected
         if found.verdict != "covered":
             with pytest.raises(NotCoveredError, match=tower.__class__.__name__):
                 audit(tower, strict=True)
@@ -292,8 +290,7 @@ def test_wrapped_models_and_containers():
     with fix():
         for model, expected in containers():
             found = {tower.name: tower.verdict for tower in audit(model)}
-            if PATCHED:
-                assert found == expected
+            assert found == expected
             assert len(found) == len(audit([model, model])), "each is listed once"
 
 
@@ -316,7 +313,7 @@ def test_one_rank_alone_and_no_trace(kind):
     before, random = common.snapshot(tower), torch.get_rng_state()
     if common.tp_rank() == 0:
         with fix():
-            assert verdict(tower) == "covered" or not PATCHED
+            assert verdict(tower) == "covered"
             assert verdict(plain) == "nothing to shard"
     assert not common.changes(before, common.snapshot(tower))
     assert torch.equal(random, torch.get_rng_state())
@@ -330,7 +327,7 @@ def test_one_rank_alone_and_no_trace(kind):
 def test_a_model_on_the_meta_device():
     _, tower = models.pair("gpt")
     with fix():
-        assert verdict(tower.to("meta")) == "covered" or not PATCHED
+        assert verdict(tower.to("meta")) == "covered"
 
 
 @on_two_ranks
@@ -338,7 +335,7 @@ def test_it_judges_the_call_site_not_a_custom_embedding():
     _, tower = models.pair("gpt")
     common.shadow(tower, lambda input_ids, position_ids: torch.zeros(3, 1, 32))
     with fix():
-        assert verdict(tower) == "covered" or not PATCHED
+        assert verdict(tower) == "covered"
 
 
 @pytest.mark.skipif(RELEASE < (0, 13), reason="position_embedding_type mrope is of 0.13")
@@ -347,4 +344,4 @@ def test_it_judges_the_call_site_not_a_custom_embedding():
 def test_position_embeddings(position):
     _, tower = models.pair("gpt", position=position)
     with fix():
-        assert verdict(tower) == "covered" or not PATCHED
+        assert verdict(tower) == "covered"

@@ -112,7 +112,7 @@ def test_inference_padding_rows_are_zeroed(active, quantized):
         tower.config.fp8 = "hybrid"
         expected[active:] = 0.0
     expected = expected.chunk(common.tp_size())[common.tp_rank()]
-    with fix(), torch.no_grad():
+    with fix(), torch.no_grad(), inference():
         context = DynamicContext(active, LENGTH)
         more = {"inference_context": context, "runtime_gather_output": True}
         with pytest.raises(Reached) as reached:

@@ -44,7 +44,7 @@ def by_processes(method, store):
 
 
 def by_ray(store):
-    os.environ["RAY_RAYLET_START_WAIT_TIME_S"] = "300"  # for a machine that is busy
+    os.environ["RAY_raylet_start_wait_time_s"] = "300"  # noqa: SIM112 - by this very name
     import ray
 
     ray.init(num_cpus=2, include_dashboard=False, _node_ip_address="127.0.0.1")

@@ -209,7 +209,7 @@ def test_rule_12_a_later_patch_stays_and_is_named():
     with put(owner, method, theirs := plainly(ours)):
         assert megatron_sp_fix.apply() == ()
         assert state() == ("patched", __name__)
-        with pytest.warns(UserWarning, match=rf"{owner.__name__}.{method} carries a later patch"):
+        with pytest.warns(UserWarning, match=rf"{method}: .*later patch.* stays"):
             assert f"{owner.__qualname__}.{method}" not in " ".join(megatron_sp_fix.remove())
         assert vars(owner)[method] is theirs and state() == ("not patched", __name__)
         assert len(megatron_sp_fix.apply()) == len(objects()) and state()[0] == "patched"
