@@ -105,6 +105,7 @@ def build(
     if os.environ.get("BF16"):
         dtypes = dict.fromkeys(("params_dtype", "pipeline_dtype"), torch.bfloat16)
         fields = {"bf16": True, **dtypes, **fields}
+    fields.setdefault("pipeline_dtype", torch.float32)
     arguments = {"pre_process": pre_process, "post_process": post_process, **(model or {})}
     if pg_collection is None:
         for name in ("pipeline_model", "context", "expert_model"):

@@ -96,6 +96,7 @@ def test_patched_as_imported_and_said_once_by_rank_0(variables, lines):
 def test_eagle():
     """ModelOpt's, whose module `apply_to` names by itself."""
     pytest.importorskip("modelopt")
+    pytest.importorskip("transformers")
     (name,) = hook.MODULES - {site.module for site in sites.SITES}
 
     def function():
