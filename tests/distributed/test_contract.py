@@ -29,6 +29,7 @@ from common import (
     flagless,
     needs_mtp,
     runtime_form,
+    zeroes_padding,
 )
 from torch.nn.utils import parametrize, prune
 
@@ -996,6 +997,7 @@ class Reached(Exception):
     """The decoder was called; what came after it is not of interest."""
 
 
+@zeroes_padding
 @pytest.mark.parametrize("name", ["inference_context", "inference_params", "by position"])
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "mtp"])
 @on_two_ranks

@@ -8,7 +8,7 @@ import common
 import models
 import pytest
 import torch
-from common import fix
+from common import fix, zeroes_padding
 
 from megatron.core.inference.contexts import BaseInferenceContext, StaticInferenceContext
 from megatron.core.inference.contexts.dynamic_context import DynamicInferenceContext
@@ -98,7 +98,7 @@ class StopAtDecoder(torch.nn.Module):
         raise Reached(hidden_states)
 
 
-@pytest.mark.parametrize("quantized", [True, False])
+@pytest.mark.parametrize("quantized", [pytest.param(True, marks=zeroes_padding), False])
 @pytest.mark.parametrize("active", [3, 8, 11, 16])
 @pytest.mark.on_ranks(tp=2)
 def test_inference_padding_rows_are_zeroed(active, quantized):
