@@ -1081,6 +1081,8 @@ def traceable():
 @pytest.mark.parametrize("how", COMPILED)
 @pytest.mark.on_ranks(tp=2, timeout=240)
 def test_rule_9_torch_compile(how):
+    if common.SOURCE and RELEASE == (0, 13) and how == "compiles_fullgraph":
+        pytest.skip("a model of 0.13 has no group to pass, of which megatron-core warns")
     plain, tower = models.pair("gpt", layers=1, position="none")
     common.keep_input_step(plain, tower)
     data = models.batch(LENGTH)
