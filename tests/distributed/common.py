@@ -58,6 +58,14 @@ def instead(owner, **attributes):
             setattr(owner, name, value)
 
 
+def inference():
+    """What tells modules that an engine is at work, from 0.18 on."""
+    from megatron.core.inference import utils
+
+    mode = getattr(utils, "InferenceMode", None)
+    return mode.active() if mode else contextlib.nullcontext()
+
+
 def tp_rank():
     return parallel_state.get_tensor_model_parallel_rank()
 

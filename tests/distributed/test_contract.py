@@ -27,6 +27,7 @@ from common import (
     check_tower,
     fix,
     flagless,
+    inference,
     needs_mtp,
     runtime_form,
     zeroes_padding,
@@ -219,14 +220,6 @@ def test_rule_3_owns_its_bytes(kind, position, clone):
     _, tower = models.pair(kind, position=position, config=config)
     with fix():
         check_shard(models.step(tower, models.batch(LENGTH))["shard"], LENGTH, view=not clone)
-
-
-def inference():
-    """What tells modules that an engine is at work, from 0.18 on."""
-    from megatron.core.inference import utils
-
-    mode = getattr(utils, "InferenceMode", None)
-    return mode.active() if mode else contextlib.nullcontext()
 
 
 def given_to_decoder(args, kwargs):

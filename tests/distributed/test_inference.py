@@ -8,21 +8,13 @@ import common
 import models
 import pytest
 import torch
-from common import fix, zeroes_padding
+from common import fix, inference, zeroes_padding
 
 from megatron.core.inference.contexts import BaseInferenceContext, StaticInferenceContext
 from megatron.core.inference.contexts.dynamic_context import DynamicInferenceContext
 from megatron_sp_fix import status
 
 LENGTH = 16
-
-
-def inference():
-    """What tells modules that an engine is at work, from 0.18 on."""
-    from megatron.core.inference import utils
-
-    mode = getattr(utils, "InferenceMode", None)
-    return mode.active() if mode else contextlib.nullcontext()
 
 
 FLAGS = ("sequence_parallel", "scatter_to_sequence_parallel", "reduce_scatter_embeddings")
