@@ -16,10 +16,9 @@ from .sites import Found, Site, UnsupportedMegatronError, installed_root, suppor
 
 __all__ = ["SiteStatus", "Status", "applied", "apply", "apply_to", "remove", "status"]
 
-_Key = tuple[type, str]  # a class and the name of its method
 _lock = threading.RLock()
-_patches: dict[_Key, "_Patch"] = {}
-_undo: list[_Key] = []  # what `applied` blocks, in whatever thread, have replaced
+_patches: dict[tuple[type, str], "_Patch"] = {}  # by class and name of the method
+_undo: list["_Patch"] = []  # what `applied` blocks, in whatever thread, have replaced
 _open = 0  # how many of them are open
 _removed = False  # whether modules that are imported from now on stay as they are
 
@@ -27,69 +26,62 @@ _removed = False  # whether modules that are imported from now on stay as they a
 class _Patch:
     """A replaced method: the very object that stood in the class, and what stands there now.
 
-    Once removed it is not active: a later patch by somebody else may still call the replacement,
-    which then only passes the call on.
+    Once removed it is not active and only passes calls on: a later patch may still make some.
     """
 
-    def __init__(self, original: Any, found: Found) -> None:
-        self.original, self.found, self.active = original, found, True
-        self.fix: Any = None
+    fix: Any = None  # embedding.py; the hook runs while megatron-core is too young to import it
+
+    def __init__(self, cls: type, found: Found) -> None:
+        self.cls, self.method, self.active = cls, found.site.method, True
+        self.name = f"{cls.__module__}.{cls.__qualname__}.{self.method}"
+        original = self.original = self.current
+        call = original if type(original) is FunctionType else partial(_call, original)
+        names = found.parameters
 
         def replacement(owner: Any, *args: Any, **kwargs: Any) -> Any:
-            return (self._sharded if self.active else self._call)(owner, args, kwargs)
+            if (fix := self.fix) is None:
+                from . import embedding as fix
+
+                _Patch.fix = fix
+            given = {**dict(zip(names, args)), **kwargs} if args else kwargs
+            if not self.active or given.get("decoder_input") is not None:
+                pass
+            elif found.site.embeds == "self.embedding":
+                if fix.needs_shard(owner, getattr(owner, "embedding", None)):
+                    method = partial(call, owner, *args, **kwargs)
+                    context = given.get("inference_context") or given.get("inference_params")
+                    return fix.sharding(owner, method, context, found.native)
+            elif {"embedding", "hidden_states"} <= given.keys():
+                mine = fix.sharding_rows(owner, given["embedding"], given["hidden_states"])
+                if "embedding" in kwargs:
+                    kwargs["embedding"] = mine
+                else:
+                    at = names.index("embedding")
+                    args = (*args[:at], mine, *args[at + 1 :])
+            return call(owner, *args, **kwargs)
 
         self.replacement = update_wrapper(replacement, original)
 
-    def _sharded(self, owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Call the original with an embedding that returns shards, where it needs one."""
-        if self.fix is None:  # not before, since the hook runs while megatron-core is half loaded
-            from . import embedding as fix
+    @property
+    def current(self) -> Any:
+        """What stands in the class now, as it is."""
+        return vars(self.cls).get(self.method)
 
-            self.fix = fix
-        if self.found.site.embeds == "self.embedding":
-            given = self._argument("decoder_input", args, kwargs) is not None
-            if given or not self.fix.needs_shard(owner, getattr(owner, "embedding", None)):
-                return self._call(owner, args, kwargs)
-            context = self._argument("inference_context", args, kwargs)
-            if context is None:
-                context = kwargs.get("inference_params")  # its old name, by keyword alone
-            call = partial(self._call, owner, args, kwargs)
-            return self.fix.sharding(owner, call, context, self.found.native)
-        embedding = self._argument("embedding", args, kwargs)
-        hidden_states = self._argument("hidden_states", args, kwargs)
-        if embedding is not None and hidden_states is not None:
-            embedding = self.fix.sharding_rows(owner, embedding, hidden_states)
-            at = self.found.parameters.index("embedding")
-            if at < len(args):
-                args = (*args[:at], embedding, *args[at + 1 :])
-            else:
-                kwargs["embedding"] = embedding
-        return self._call(owner, args, kwargs)
 
-    def _argument(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        names = self.found.parameters
-        at = names.index(name) if name in names else len(args)
-        return args[at] if at < len(args) else kwargs.get(name)
-
-    def _call(self, owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Call the original as Python would if it still stood in the class."""
-        if type(self.original) is FunctionType:
-            return self.original(owner, *args, **kwargs)
-        bind = getattr(type(self.original), "__get__", None)
-        method = bind(self.original, owner, type(owner)) if bind else self.original
-        return method(*args, **kwargs)
+def _call(method: Any, owner: Any, *args: Any, **kwargs: Any) -> Any:
+    """Call something that stood in a class as Python would."""
+    bind = getattr(type(method), "__get__", None)
+    return (bind(method, owner, type(owner)) if bind else method)(*args, **kwargs)
 
 
 class SiteStatus(NamedTuple):
-    """What one call site does in this process.
+    """What one call site, ``Class.method``, does in this process.
 
     Attributes:
-        name: ``Class.method``.
-        native: what the installed code does by itself: ``"no shard"`` (the bug), ``"own scatter"``
-            (megatron-core's) or ``"this fix"`` (patched by ``diff``).
-        state: ``"patched"`` if a call of the method reaches this package, ``"this fix"``,
-            ``"not patched"``, ``"not imported"``, or ``"cannot tell"`` if the method was replaced
-            by something that hides what it calls.
+        native: what the installed code does by itself, as of ``sites.Found``.
+        state: ``"patched"`` if a call of the method reaches this package, ``"this fix"`` (in its
+            source), ``"not patched"``, ``"not imported"``, or ``"cannot tell"`` if the method was
+            replaced by something that hides what it calls.
         by: the module of whoever replaced the method last; empty if nobody did.
     """
 
@@ -129,18 +121,18 @@ def apply(*, also: Iterable[Union[type, str]] = ()) -> tuple[str, ...]:
     found, remark = supported(installed_root())
     if remark:
         warnings.warn(remark, stacklevel=2)
-    keys = _apply([*found], also)
+    patches = _apply(found, also)
     _undo.clear()  # it stays, whatever `applied` blocks are open
-    return tuple(map(_name, keys))
+    return tuple(patch.name for patch in patches)
 
 
 def apply_to(module: str, also: Iterable[str] = ()) -> tuple[str, ...]:
     """Do what :func:`apply` does for one module, which has just been loaded; import no other."""
     rows = [row for row in supported(installed_root())[0] if row.site.module == module]
-    return () if _removed else tuple(map(_name, _apply(rows, also, module)))
+    return () if _removed else tuple(patch.name for patch in _apply(rows, also, f"{module}:"))
 
 
-def _apply(rows: list[Found], also: Iterable[Union[type, str]], only: str = "") -> list[_Key]:
+def _apply(rows: Iterable[Found], also: Iterable[Union[type, str]], only: str = "") -> list[_Patch]:
     global _removed
     targets = []
     for row in rows:
@@ -149,24 +141,21 @@ def _apply(rows: list[Found], also: Iterable[Union[type, str]], only: str = "") 
         except ImportError:  # as 0.12's MambaModel without Transformer Engine: nobody can use it
             continue
         targets.append((_class(module, row.site.cls, row.site.method), row))
-    for name in (*also, *_eagle()):
-        if not only or str(name).startswith(f"{only}:"):
-            targets.append(_also(name))
-    replaced: list[_Key] = []
+    targets += [_also(name) for name in (*also, *_eagle()) if str(name).startswith(only)]
+    replaced = []
     with _lock:  # whatever can fail has been done: all are replaced, or none
-        for owner, found in targets:
-            key = owner, found.site.method
-            current, patch = vars(owner)[key[1]], _patches.get(key)
-            if found.native == "this fix" or _state(current, patch) == "patched":
+        for cls, found in targets:
+            key = cls, found.site.method
+            patch = _patches.get(key)
+            if found.native == "this fix" or _state(patch) == "patched":
                 continue
-            if patch is None or not (current is patch.original or _reaches(current, patch)):
+            if patch is None or patch.current is not patch.original:
                 if patch:
-                    patch.active = False  # below something that hides it
-                patch = _patches[key] = _Patch(current, found)
-            patch.active = True
-            if current is patch.original:
-                setattr(*key, patch.replacement)
-            replaced.append(key)
+                    patch.active = False  # somebody's patch is on top of it
+                patch = _patches[key] = _Patch(cls, found)
+            patch.active = True  # again, if it was removed: somebody may still hold a bound method
+            setattr(*key, patch.replacement)
+            replaced.append(patch)
         _removed = False
     return replaced
 
@@ -179,16 +168,16 @@ def remove() -> tuple[str, ...]:
     """
     global _removed
     _removed = True
-    return _restore(list(_patches))
+    return _restore([*_patches.values()])
 
 
 @contextmanager
 def applied(*, also: Iterable[Union[type, str]] = ()) -> Iterator[None]:
     """Apply for the length of a ``with`` block, or of the last of several that overlap."""
     global _open, _removed
-    before, keys = _removed, _apply([*supported(installed_root())[0]], also)
+    before, patches = _removed, _apply(supported(installed_root())[0], also)
     with _lock:
-        _undo.extend(keys)
+        _undo.extend(patches)
         _open += 1
     try:
         yield
@@ -215,7 +204,7 @@ def status() -> Status:
             state = native
         elif cls := _owner(sys.modules.get(site.module), site.cls, site.method):
             current = vars(cls)[site.method]
-            state = _state(current, _patches.get((cls, site.method)))
+            state = _state(_patches.get((cls, site.method)))
             plain = type(current) is FunctionType  # other objects may forward `__globals__`
             home = current.__globals__.get("__name__", "") if plain else type(current).__module__
             by = {site.module: "", __name__: "megatron_sp_fix"}.get(home, home)
@@ -223,24 +212,20 @@ def status() -> Status:
     return Status(".".join(map(str, version(root))), str(root), tuple(rows))
 
 
-def _state(current: Any, patch: Optional[_Patch]) -> str:
+def _state(patch: Optional[_Patch]) -> str:
     """Whether calling what stands in a class reaches the replacement, as far as can be seen."""
-    if patch is None or not patch.active or current is patch.original:
+    if patch is None or not patch.active or patch.current is patch.original:
         return "not patched"
-    return "patched" if _reaches(current, patch) else "cannot tell"
-
-
-def _reaches(current: Any, patch: _Patch) -> bool:
-    left, seen = [current], set[int]()
+    left, seen = [patch.current], set[int]()
     while left and len(seen) < 99:  # a mock has attributes of any name, without end
         one = left.pop(0)
         if one is patch.replacement:
-            return True
+            return "patched"
         if id(one) not in seen:
             seen.add(id(one))
             left += gc.get_referents(*(getattr(one, "__closure__", None) or ()))  # cells' contents
             left += [getattr(one, name, None) for name in ("__wrapped__", "__func__", "func")]
-    return False
+    return "cannot tell"
 
 
 def _owner(module: Any, name: str, method: str) -> Optional[type]:
@@ -289,22 +274,16 @@ def _eagle() -> list[str]:
     return [f"{module}:{cls.__name__}.{name}" for name in names if name in vars(cls)] if cls else []
 
 
-def _name(key: _Key) -> str:
-    return f"{key[0].__module__}.{key[0].__qualname__}.{key[1]}"
-
-
-def _restore(keys: list[_Key]) -> tuple[str, ...]:
-    restored: list[str] = []
-    left: list[str] = []
+def _restore(patches: list[_Patch]) -> tuple[str, ...]:
     with _lock:
-        for key in keys:
-            patch = _patches[key]
-            if patch.active:
-                back = vars(key[0]).get(key[1]) is patch.replacement
-                if back:
-                    setattr(*key, patch.original)
-                (restored if back else left).append(_name(key))
+        active = [patch for patch in patches if patch.active]
+        ours = [patch for patch in active if patch.current is patch.replacement]
+        for patch in active:
             patch.active = False
-    for name in left:  # at the end, since under `-W error` it raises
-        warnings.warn(f"{name}: a later patch stays; the fix below it is off", stacklevel=3)
-    return tuple(restored)
+        for patch in ours:
+            setattr(patch.cls, patch.method, patch.original)
+    for patch in active:
+        if patch not in ours:  # only now, since under `-W error` it raises
+            text = f"{patch.name}: a later patch stays; the fix below it is off"
+            warnings.warn(text, stacklevel=3)
+    return tuple(patch.name for patch in ours)

@@ -19,14 +19,13 @@ OLDEST, NEWEST = (0, 12), (0, 19)
 
 
 class UnsupportedMegatronError(RuntimeError):
-    """megatron-core is missing, outside the supported range, or its code is not recognized."""
+    """megatron-core is missing, too old, or its code is not recognized; the message says which."""
 
 
 class Site(NamedTuple):
-    """A method that embeds tokens, or hands the embedding on to the one in the row before it.
+    """A method that embeds tokens, by ``self.embedding`` or an argument ``embedding``.
 
-    A `role` is played by one of its sites in any release, or by none if it is `optional`. What
-    `embeds` is ``self.embedding`` or the argument ``embedding``.
+    A `role` is played by one of its sites in any release, or by none if it is `optional`.
     """
 
     role: str
@@ -61,11 +60,10 @@ SITES = (
 
 
 class Found(NamedTuple):
-    """A call site as a source tree has it.
+    """A call site as a source tree has it, with its positional parameters after ``self``.
 
     `native` is what the tree does by itself: ``"no shard"`` (the bug), ``"own scatter"``
-    (Megatron-LM #5628, #6256) or ``"this fix"`` (the patches of ``diff``); `parameters` are the
-    names of the method's positional ones after ``self``.
+    (Megatron-LM #5628, #6256) or ``"this fix"`` (the patches of ``diff``).
     """
 
     site: Site
@@ -77,13 +75,8 @@ class Found(NamedTuple):
 def supported(root: Path) -> tuple[tuple[Found, ...], str]:
     """Find the call sites in the source tree whose folder `root` holds ``megatron/core``.
 
-    Returns:
-        tuple: one entry a role, in the table's order, and a remark: empty, or that the release is
-        newer than what was tested.
-
-    Raises:
-        UnsupportedMegatronError: the release is too old, a file cannot be read, or a role is not
-            recognized; the message names the file and the methods.
+    Returns one entry a role, in the table's order, and a remark: empty, or that the release is
+    newer than what was tested. Raises if it is too old, or a file or a role is not recognized.
     """
     release = version(root)
     shown, oldest, newest = (".".join(map(str, v)) for v in (release, OLDEST, NEWEST))
@@ -93,13 +86,13 @@ def supported(root: Path) -> tuple[tuple[Found, ...], str]:
     found: list[Found] = []
     for role in dict.fromkeys(site.role for site in SITES):
         sites = [site for site in SITES if site.role == role]
-        codes = {site: code for site in sites if (code := _code(root, site))}
-        matches = [match for site, code in codes.items() if (match := _recognize(site, code))]
+        codes = [(site, code) for site in sites if (code := _code(root, site))]
+        matches = [match for pair in codes for match in _recognize(*pair)]
         if role == "hand on":
             found += [match._replace(native=found[-1].native) for match in matches]
         elif len(matches) == 1:
             found += matches
-        elif matches or codes or not sites[0].optional:
+        elif codes or not sites[0].optional:
             raise UnsupportedMegatronError(
                 f"{where}: expected one call {sites[0].embeds}(input_ids=..., position_ids=...) in "
                 f"{' or '.join(f'{s.module}: {s.name}' for s in sites)}, found {len(matches)}; for "
@@ -110,11 +103,7 @@ def supported(root: Path) -> tuple[tuple[Found, ...], str]:
 
 
 def installed_root() -> Path:
-    """The folder that holds the installed ``megatron/core``.
-
-    Raises:
-        UnsupportedMegatronError: megatron-core is not installed.
-    """
+    """The folder that holds the installed ``megatron/core``; raises if there is none."""
     try:
         spec = importlib.util.find_spec("megatron.core")
     except (ModuleNotFoundError, ValueError):  # ValueError: a stub without a spec is in its place
@@ -125,26 +114,13 @@ def installed_root() -> Path:
 
 
 def version(root: Path) -> tuple[int, ...]:
-    """Read ``(major, minor, patch)`` from a source tree.
-
-    Raises:
-        UnsupportedMegatronError: there is no tree at `root`, or it states no version.
-    """
+    """Read ``(major, minor, patch)`` from a source tree; raises if there is none at `root`."""
     path = root / "megatron/core/package_info.py"
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     numbers = re.findall(r"^(?:MAJOR|MINOR|PATCH)\s*=\s*(\d+)", text, re.M)
     if len(numbers) != 3:
         raise UnsupportedMegatronError(f"no megatron-core at {root}: {path} states no version")
     return tuple(map(int, numbers))
-
-
-def _code(root: Path, site: Site) -> Optional[CodeType]:
-    """The code object of a site's method, or None if the tree has no such file or method."""
-    code: Optional[CodeType] = _compile(root / (site.module.replace(".", "/") + ".py"))
-    for name in (site.cls, site.method):
-        inner = [c for c in code.co_consts if isinstance(c, CodeType)] if code else []
-        code = next((c for c in inner if c.co_name == name), None)
-    return code
 
 
 @functools.cache
@@ -157,15 +133,23 @@ def _compile(path: Path) -> Optional[CodeType]:
         raise UnsupportedMegatronError(f"{path} cannot be read by this Python: {error}") from error
 
 
-def _recognize(site: Site, code: CodeType) -> Optional[Found]:
-    """What a method does by itself, or None if it does not embed as the table says."""
+def _code(root: Path, site: Site) -> Optional[CodeType]:
+    """The code object of a site's method, or None if the tree has no such file or method."""
+    code = _compile(root / (site.module.replace(".", "/") + ".py"))
+    for name in (site.cls, site.method):
+        inner = [c for c in code.co_consts if isinstance(c, CodeType)] if code else []
+        code = next((c for c in inner if c.co_name == name), None)
+    return code
+
+
+def _recognize(site: Site, code: CodeType) -> list[Found]:
+    """What a method does by itself, or nothing if it does not embed as the table says."""
     arguments = code.co_varnames[1 : code.co_argcount]
     names = (*code.co_names, *code.co_consts, *arguments)
-    fixed = "scatter_embeddings" in names  # the function that `diff` adds
-    calls = ("input_ids", "position_ids") in code.co_consts  # the keywords of a call
-    if not fixed and ("embedding" not in names or not (calls or site.role == "hand on")):
-        return None
+    if "scatter_embeddings" in names:  # the function that `diff` adds
+        return [Found(site, "this fix", arguments)]
+    embeds = ("input_ids", "position_ids") in code.co_consts  # the keywords of a call
+    if "embedding" not in names or not (embeds or site.role == "hand on"):
+        return []
     scatters = "scatter_to_sequence_parallel" in names
-    return Found(
-        site, "this fix" if fixed else "own scatter" if scatters else "no shard", arguments
-    )
+    return [Found(site, "own scatter" if scatters else "no shard", arguments)]
