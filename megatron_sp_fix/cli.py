@@ -98,7 +98,7 @@ def _status(arguments: argparse.Namespace) -> int:
     root = arguments.root or sites.installed_root()
     found, remark = sites.supported(root)
     hooked = not arguments.root and hook.in_force()
-    other = tuple(SiteStatus(site.name, native, native, "") for site, native, _ in found)
+    other = tuple(SiteStatus(site.name, site.native, site.native, "") for site in found)
     rows = other if arguments.root else status().sites
     version = ".".join(map(str, sites.version(root)))
     if arguments.json:

@@ -48,7 +48,7 @@ def sharding(model: Any, call: Callable[[], Any], context: Any, native: str) -> 
         model: a ``GPTModel``, ``HybridModel`` or ``MambaModel``, or of a subclass.
         call: runs the original method, whose result is returned.
         context: a ``BaseInferenceContext`` or None; with fp8 or fp4, its padding rows are zeroed.
-        native: as of ``sites.Found``; empty for other people's, which may embed more than once.
+        native: as of ``sites.Site``; empty for other people's, which may embed more than once.
     """
     mine = Sharding(model.embedding, tp_group(model, model.embedding), once=bool(native))
     quantized = getattr(model.config, "fp8", None) or getattr(model.config, "fp4", None)

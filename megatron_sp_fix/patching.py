@@ -12,7 +12,7 @@ from functools import partial, update_wrapper
 from types import FunctionType, ModuleType
 from typing import Any, NamedTuple, Optional, Union
 
-from .sites import Found, Site, UnsupportedMegatronError, installed_root, supported, version
+from .sites import Site, UnsupportedMegatronError, installed_root, supported, version
 
 __all__ = ["SiteStatus", "Status", "applied", "apply", "apply_to", "remove", "status"]
 
@@ -31,12 +31,12 @@ class _Patch:
 
     fix: Any = None  # embedding.py; the hook runs while megatron-core is too young to import it
 
-    def __init__(self, cls: type, found: Found) -> None:
-        self.cls, self.method, self.active = cls, found.site.method, True
+    def __init__(self, cls: type, site: Site) -> None:
+        self.cls, self.method, self.active = cls, site.method, True
         self.name = f"{cls.__module__}.{cls.__qualname__}.{self.method}"
         original = self.original = self.current
         call = original if type(original) is FunctionType else partial(_call, original)
-        names = found.parameters
+        names = site.parameters
 
         def replacement(owner: Any, *args: Any, **kwargs: Any) -> Any:
             if (fix := self.fix) is None:
@@ -46,11 +46,11 @@ class _Patch:
             given = {**dict(zip(names, args)), **kwargs} if args else kwargs
             if not self.active or given.get("decoder_input") is not None:
                 pass
-            elif found.site.embeds == "self.embedding":
+            elif site.embeds == "self.embedding":
                 if fix.needs_shard(owner, getattr(owner, "embedding", None)):
                     method = partial(call, owner, *args, **kwargs)
                     context = given.get("inference_context") or given.get("inference_params")
-                    return fix.sharding(owner, method, context, found.native)
+                    return fix.sharding(owner, method, context, site.native)
             elif {"embedding", "hidden_states"} <= given.keys():
                 mine = fix.sharding_rows(owner, given["embedding"], given["hidden_states"])
                 if "embedding" in kwargs:
@@ -78,7 +78,7 @@ class SiteStatus(NamedTuple):
     """What one call site, ``Class.method``, does in this process.
 
     Attributes:
-        native: what the installed code does by itself, as of ``sites.Found``.
+        native: what the installed code does by itself, as of ``sites.Site``.
         state: ``"patched"`` if a call of the method reaches this package, ``"this fix"`` (in its
             source), ``"not patched"``, ``"not imported"``, or ``"cannot tell"`` if the method was
             replaced by something that hides what it calls.
@@ -128,31 +128,31 @@ def apply(*, also: Iterable[Union[type, str]] = ()) -> tuple[str, ...]:
 
 def apply_to(module: str, also: Iterable[str] = ()) -> tuple[str, ...]:
     """Do what :func:`apply` does for one module, which has just been loaded; import no other."""
-    rows = [row for row in supported(installed_root())[0] if row.site.module == module]
+    rows = [row for row in supported(installed_root())[0] if row.module == module]
     return () if _removed else tuple(patch.name for patch in _apply(rows, also, f"{module}:"))
 
 
-def _apply(rows: Iterable[Found], also: Iterable[Union[type, str]], only: str = "") -> list[_Patch]:
+def _apply(rows: Iterable[Site], also: Iterable[Union[type, str]], only: str = "") -> list[_Patch]:
     global _removed
     targets = []
     for row in rows:
         try:
-            module = importlib.import_module(row.site.module)
+            module = importlib.import_module(row.module)
         except ImportError:  # as 0.12's MambaModel without Transformer Engine: nobody can use it
             continue
-        targets.append((_class(module, row.site.cls, row.site.method), row))
+        targets.append((_class(module, row.cls, row.method), row))
     targets += [_also(name) for name in (*also, *_eagle()) if str(name).startswith(only)]
     replaced = []
     with _lock:  # whatever can fail has been done: all are replaced, or none
-        for cls, found in targets:
-            key = cls, found.site.method
+        for cls, site in targets:
+            key = cls, site.method
             patch = _patches.get(key)
-            if found.native == "this fix" or _state(patch) == "patched":
+            if site.native == "this fix" or _state(patch) == "patched":
                 continue
             if patch is None or patch.current is not patch.original:
                 if patch:
                     patch.active = False  # somebody's patch is on top of it
-                patch = _patches[key] = _Patch(cls, found)
+                patch = _patches[key] = _Patch(cls, site)
             patch.active = True  # again, if it was removed: somebody may still hold a bound method
             setattr(*key, patch.replacement)
             replaced.append(patch)
@@ -174,8 +174,8 @@ def remove() -> tuple[str, ...]:
 @contextmanager
 def applied(*, also: Iterable[Union[type, str]] = ()) -> Iterator[None]:
     """Apply for the length of a ``with`` block, or of the last of several that overlap."""
-    global _open, _removed
-    before, patches = _removed, _apply(supported(installed_root())[0], also)
+    global _open
+    patches = _apply(supported(installed_root())[0], also)
     with _lock:
         _undo.extend(patches)
         _open += 1
@@ -185,7 +185,6 @@ def applied(*, also: Iterable[Union[type, str]] = ()) -> Iterator[None]:
         with _lock:
             _open -= 1
             if _open == 0:
-                _removed = before
                 _restore(_undo)
                 _undo.clear()
 
@@ -198,17 +197,17 @@ def status() -> Status:
     """
     root = installed_root()
     rows = []
-    for site, native, _ in supported(root)[0]:
+    for site in supported(root)[0]:
         state, by = "not imported", ""
-        if native == "this fix":
-            state = native
+        if site.native == "this fix":
+            state = site.native
         elif cls := _owner(sys.modules.get(site.module), site.cls, site.method):
             current = vars(cls)[site.method]
             state = _state(_patches.get((cls, site.method)))
             plain = type(current) is FunctionType  # other objects may forward `__globals__`
             home = current.__globals__.get("__name__", "") if plain else type(current).__module__
             by = {site.module: "", __name__: "megatron_sp_fix"}.get(home, home)
-        rows.append(SiteStatus(site.name, native, state, by))
+        rows.append(SiteStatus(site.name, site.native, state, by))
     return Status(".".join(map(str, version(root))), str(root), tuple(rows))
 
 
@@ -243,7 +242,7 @@ def _class(module: ModuleType, name: str, method: str = "__module__") -> type:
     )
 
 
-def _also(name: Union[type, str]) -> tuple[type, Found]:
+def _also(name: Union[type, str]) -> tuple[type, Site]:
     """The class and method that an entry of `also` names."""
     import inspect
 
@@ -259,7 +258,8 @@ def _also(name: Union[type, str]) -> tuple[type, Found]:
     for method in methods:
         if method in vars(name):
             names = tuple(inspect.signature(getattr(name, method)).parameters)[1:]
-            return name, Found(Site("also", name.__module__, name.__qualname__, method), "", names)
+            row = Site("also", name.__module__, name.__qualname__, method, parameters=names)
+            return name, row
     raise UnsupportedMegatronError(
         f"also: {name.__qualname__} has no {' or '.join(methods)} of its own: name the class that "
         "has it, or another method as 'module:Class.method'"

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import CodeType
 from typing import NamedTuple, Optional
 
-__all__ = ["SITES", "Found", "Site", "UnsupportedMegatronError", "installed_root", "supported"]
+__all__ = ["SITES", "Site", "UnsupportedMegatronError", "installed_root", "supported"]
 
 #: The releases this package is tested with, both included.
 OLDEST, NEWEST = (0, 12), (0, 19)
@@ -25,7 +25,10 @@ class UnsupportedMegatronError(RuntimeError):
 class Site(NamedTuple):
     """A method that embeds tokens, by ``self.embedding`` or an argument ``embedding``.
 
-    A `role` is played by one of its sites in any release, or by none if it is `optional`.
+    A `role` is played by one of its sites in any release, or by none if it is `optional`. In a
+    source tree, `native` is what the tree does by itself: ``"no shard"`` (the bug), ``"own
+    scatter"`` (Megatron-LM #5628, #6256) or ``"this fix"`` (the patches of ``diff``), and
+    `parameters` are the method's positional ones after ``self``.
     """
 
     role: str
@@ -34,6 +37,8 @@ class Site(NamedTuple):
     method: str
     embeds: str = "self.embedding"
     optional: bool = False
+    native: str = ""
+    parameters: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -59,20 +64,8 @@ SITES = (
 )
 
 
-class Found(NamedTuple):
-    """A call site as a source tree has it, with its positional parameters after ``self``.
-
-    `native` is what the tree does by itself: ``"no shard"`` (the bug), ``"own scatter"``
-    (Megatron-LM #5628, #6256) or ``"this fix"`` (the patches of ``diff``).
-    """
-
-    site: Site
-    native: str
-    parameters: tuple[str, ...]
-
-
 @functools.cache  # a process imports one version of a file, whatever becomes of it on disk
-def supported(root: Path) -> tuple[tuple[Found, ...], str]:
+def supported(root: Path) -> tuple[tuple[Site, ...], str]:
     """Find the call sites in the source tree whose folder `root` holds ``megatron/core``.
 
     Returns one entry a role, in the table's order, and a remark: empty, or that the release is
@@ -83,7 +76,7 @@ def supported(root: Path) -> tuple[tuple[Found, ...], str]:
     where = f"megatron-core {shown} at {root}"
     if release[:2] < OLDEST:
         raise UnsupportedMegatronError(f"{where} is too old: {oldest} to {newest} are supported")
-    found: list[Found] = []
+    found: list[Site] = []
     for role in dict.fromkeys(site.role for site in SITES):
         sites = [site for site in SITES if site.role == role]
         codes = [(site, code) for site in sites if (code := _code(root, site))]
@@ -142,14 +135,14 @@ def _code(root: Path, site: Site) -> Optional[CodeType]:
     return code
 
 
-def _recognize(site: Site, code: CodeType) -> list[Found]:
-    """What a method does by itself, or nothing if it does not embed as the table says."""
-    arguments = code.co_varnames[1 : code.co_argcount]
-    names = (*code.co_names, *code.co_consts, *arguments)
+def _recognize(site: Site, code: CodeType) -> list[Site]:
+    """The site as its code has it, or nothing if that does not embed as the table says."""
+    site = site._replace(parameters=code.co_varnames[1 : code.co_argcount])
+    names = (*code.co_names, *code.co_consts, *site.parameters)
     if "scatter_embeddings" in names:  # the function that `diff` adds
-        return [Found(site, "this fix", arguments)]
+        return [site._replace(native="this fix")]
     embeds = ("input_ids", "position_ids") in code.co_consts  # the keywords of a call
     if "embedding" not in names or not (embeds or site.role == "hand on"):
         return []
     scatters = "scatter_to_sequence_parallel" in names
-    return [Found(site, "own scatter" if scatters else "no shard", arguments)]
+    return [site._replace(native="own scatter" if scatters else "no shard")]

@@ -17,7 +17,7 @@ from megatron_sp_fix import sites
 #: The kinds of models that this release can build here, its version, and its call sites by role.
 KINDS = [kind for kind in models.KINDS if models.has(kind)]
 RELEASE = sites.version(sites.installed_root())[:2]
-SITES = {row.site.role: row for row in sites.supported(sites.installed_root())[0]}
+SITES = {row.role: row for row in sites.supported(sites.installed_root())[0]}
 
 #: Whether this tree was patched by `diff`. Where that form differs, as the design of both says:
 SOURCE = SITES["GPT decoder"].native == "this fix"
@@ -41,7 +41,7 @@ def fix(*also):
 
 def place(role="GPT decoder"):
     """The class of a call site in this release, and its method's name."""
-    site = SITES[role].site
+    site = SITES[role]
     return getattr(importlib.import_module(site.module), site.cls), site.method
 
 

@@ -22,7 +22,7 @@ from megatron_sp_fix import UnsupportedMegatronError, sites
 FOUND = sites.supported(sites.installed_root())[0]
 # In a tree that was patched in its source there is nothing to replace.
 pytestmark = pytest.mark.skipif(FOUND[0].native == "this fix", reason="patched in its source")
-ROW = FOUND[0].site
+ROW = FOUND[0]
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +34,7 @@ def _removed():
 def classes():
     """The class and method of each call site that can be imported here, by name."""
     found = {}
-    for site, *_ in FOUND:
+    for site in FOUND:
         with contextlib.suppress(ImportError):
             owner = getattr(importlib.import_module(site.module), site.cls)
             found[f"{site.module}.{site.name}"] = (owner, site.method)
@@ -406,8 +406,8 @@ def test_rule_13_status():
     found = megatron_sp_fix.status()
     assert found.version == ".".join(map(str, sites.version(sites.installed_root())))
     assert found.root == str(sites.installed_root())
-    assert [row.name for row in found.sites] == [row.site.name for row in FOUND]
-    for row, (_, native, _) in zip(found.sites, FOUND):
+    assert [row.name for row in found.sites] == [row.name for row in FOUND]
+    for row, native in zip(found.sites, (site.native for site in FOUND)):
         ours = any(name.endswith(f".{row.name}") for name in replaced)
         assert row.native == native
         assert (row.state, row.by) == (

@@ -10,7 +10,7 @@ from megatron_sp_fix import UnsupportedMegatronError, sites
 
 ROOT = sites.installed_root()
 RELEASE = sites.version(ROOT)
-FOUND = {row.site.role: row for row in sites.supported(ROOT)[0]}
+FOUND = {row.role: row for row in sites.supported(ROOT)[0]}
 
 
 def path(root, module):
@@ -34,7 +34,7 @@ def set_version(tree, release):
 
 def edit(tree, role, old, new):
     """Replace text in the file of a call site."""
-    file = path(tree, FOUND[role].site.module)
+    file = path(tree, FOUND[role].module)
     before = file.read_text()
     assert old in before
     file.write_text(before.replace(old, new))
@@ -45,29 +45,29 @@ def test_the_installed_release_is_recognized():
     assert list(FOUND)[:3] == ["GPT decoder", "hybrid decoder", "MTP"]
     assert ("hand on" in FOUND) == (RELEASE >= (0, 14))
     assert ("MTP single step" in FOUND) == (RELEASE >= (0, 17))
-    for role, (site, native, parameters) in FOUND.items():
+    for role, site in FOUND.items():
         expected = "own scatter" if role == "GPT decoder" and RELEASE >= (0, 19) else "no shard"
-        assert native == expected or RELEASE >= (0, 19), (role, native)
+        assert site.native == expected or RELEASE >= (0, 19), site
         needed = "decoder_input" if site.embeds == "self.embedding" else "embedding"
-        assert needed in parameters and "self" not in parameters
+        assert needed in site.parameters and "self" not in site.parameters
     assert sites.supported(ROOT)[1] == ""
 
 
 def test_nothing_is_run_or_imported(tree):
     for role in FOUND:
-        file = path(tree, FOUND[role].site.module)
+        file = path(tree, FOUND[role].module)
         file.write_text(file.read_text() + "\nraise SystemExit('run')\n")
     before = set(sys.modules)
-    assert [row.site.role for row in sites.supported(tree)[0]] == list(FOUND)
+    assert [row.role for row in sites.supported(tree)[0]] == list(FOUND)
     assert set(sys.modules) == before
 
 
 @pytest.mark.parametrize("role", ["GPT decoder", "hybrid decoder", "MTP"])
 def test_a_site_that_is_not_recognized_is_named(tree, role):
     """A fork embeds by another call: the error names the file, the methods and what to do."""
-    called = FOUND[role].site.embeds
+    called = FOUND[role].embeds
     edit(tree, role, f"{called}(input_ids=", f"{called}(ids=")
-    site = FOUND[role].site
+    site = FOUND[role]
     with pytest.raises(UnsupportedMegatronError, match=rf"{site.module}: {site.name}") as error:
         sites.supported(tree)
     text = str(error.value)
@@ -76,7 +76,7 @@ def test_a_site_that_is_not_recognized_is_named(tree, role):
 
 @pytest.mark.parametrize("damage", ["class", "method", "file"])
 def test_a_site_that_is_gone_is_named(tree, damage):
-    site = FOUND["GPT decoder"].site
+    site = FOUND["GPT decoder"]
     if damage == "file":
         path(tree, site.module).unlink()
     elif damage == "class":
@@ -90,18 +90,18 @@ def test_a_site_that_is_gone_is_named(tree, damage):
 def test_a_role_that_a_release_lacks_may_be_missing(tree):
     if "hand on" not in FOUND:
         pytest.skip("this release lacks it already")
-    site = FOUND["hand on"].site
+    site = FOUND["hand on"]
     file = path(tree, site.module)
     text = file.read_text()
     at = text.index(f"class {site.cls}(")
     file.write_text(text[:at] + text[at:].replace(f"def {site.method}(", "def renamed(", 1))
     expected = [role for role in FOUND if role != "hand on"]
-    assert [row.site.role for row in sites.supported(tree)[0]] == expected
+    assert [row.role for row in sites.supported(tree)[0]] == expected
 
 
 @pytest.mark.parametrize("data", [b"def (:\n", b"x = '\xff'\n", b"x = 'a\x00b'\n"])
 def test_a_file_that_cannot_be_read_is_named_in_one_line(tree, data):
-    file = path(tree, FOUND["GPT decoder"].site.module)
+    file = path(tree, FOUND["GPT decoder"].module)
     file.write_bytes(data)
     with pytest.raises(UnsupportedMegatronError, match="cannot be read by this Python") as error:
         sites.supported(tree)

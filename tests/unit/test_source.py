@@ -100,7 +100,7 @@ def check_round_trip(tree):
     padded = b"padding_slice" in before[GPT]
     assert (b"class TestPaddingRows" in after[core.EMBEDDING_TESTS]) is padded
     for match in sites.supported(tree)[0]:
-        assert match.native == "this fix", match.site.name
+        assert match.native == "this fix", match.name
     assert source.diff(tree) == "" and source.mail(tree, "A <a@example.org>") == ""
     git(tree, "apply", "-R", input=patch)
     assert contents(tree) == before
