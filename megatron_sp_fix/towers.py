@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which language models in a built model are towers, and whether their decoders get shards."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
@@ -51,18 +51,16 @@ def audit(model: Any, *, strict: bool = False) -> tuple[Tower, ...]:
     """
     from megatron.core.models.common.language_module.language_module import LanguageModule
 
-    found = {
-        id(module): (name, module)
+    found = {  # by the module, which a model may hold under several names
+        id(module): Tower(name, type(module).__name__, *_verdict(module))
         for name, module in _modules(model, "")
         if isinstance(module, LanguageModule) and hasattr(module, "decoder")
     }
-    towers = tuple(Tower(name, type(m).__name__, *_verdict(m)) for name, m in found.values())
-    missed = [tower for tower in towers if not tower.covered]
+    missed = [t for t in found.values() if not t.covered]
     if strict and missed:
-        raise NotCoveredError(
-            "; ".join(f"{t.name or 'the model'} ({t.cls}): {t.verdict}: {t.reason}" for t in missed)
-        )
-    return towers
+        lines = [f"{t.name or 'the model'} ({t.cls}): {t.verdict}: {t.reason}" for t in missed]
+        raise NotCoveredError("; ".join(lines))
+    return tuple(found.values())
 
 
 def _modules(model: Any, name: str) -> Iterator[tuple[str, Any]]:
@@ -72,8 +70,7 @@ def _modules(model: Any, name: str) -> Iterator[tuple[str, Any]]:
         for key, item in model.items() if isinstance(model, Mapping) else enumerate(model):
             yield from _modules(item, f"{name}.{key}".lstrip("."))
     else:
-        what = f"{name}: " if name else ""
-        raise TypeError(f"{what}a {type(model).__name__} is no torch.nn.Module, list or dict")
+        raise TypeError(f"{name or 'the model'} is no torch.nn.Module, list or dict: {type(model)}")
 
 
 def _verdict(tower: Any) -> tuple[str, str]:
@@ -100,30 +97,6 @@ def _verdict(tower: Any) -> tuple[str, str]:
     return "covered", f"{' and '.join(parts)} got this rank's rows"
 
 
-class _Arrived(BaseException):
-    """Holds what arrived at a stand-in; no Exception, which a model's own code may catch."""
-
-
-def _arrive(*args: Any, **kwargs: Any) -> None:
-    states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-    raise _Arrived(states.unwrap() if hasattr(states, "unwrap") else states)
-
-
-class _StandIn:
-    """Does something of its own when called; its attributes are those of what it stands in for."""
-
-    scatter_to_sequence_parallel = False
-
-    def __init__(self, real: Any, call: Callable[..., Any]) -> None:
-        self.real, self.call = real, call
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.real, name)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.call(*args, **kwargs)
-
-
 def _rows(tower: Any, part: str, rows: int, length: int) -> int:
     """Run a part of a tower up to where hidden states arrive, and count their rows."""
     import inspect
@@ -133,44 +106,54 @@ def _rows(tower: Any, part: str, rows: int, length: int) -> int:
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class NoCollectives(TorchDispatchMode):  # type: ignore[no-untyped-call]
-        def __torch_dispatch__(
-            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-        ) -> Any:
+        def __torch_dispatch__(self, func: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
             if "c10d" in func.namespace:
                 raise RuntimeError(f"it calls {func}, for which all ranks are needed")
             return func(*args, **(kwargs or {}))
 
-    like, hidden = next(tower.parameters()), tower.config.hidden_size
-    positions = torch.arange(length, device=like.device).expand(1, length)
-    if getattr(tower, "position_embedding_type", "") == "mrope":
-        positions = positions.expand(3, 1, length)
+    class Arrived(BaseException):
+        """Says how many rows did; no Exception, which a model's own code may catch."""
+
+    def arrive(hidden_states: Any, *_: Any, **__: Any) -> None:
+        raise Arrived(hidden_states.shape[0])
+
+    class Embedding:
+        """Returns zeros ``[s, b, h]``, but has the attributes of the tower's."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(real, name)
+
+        def __call__(self, *_: Any, **__: Any) -> Any:
+            return zeros.clone()
+
+    real, like = tower.embedding, next(tower.parameters())
     ids = torch.zeros((1, length), dtype=torch.long, device=like.device)
+    zeros = ids.new_zeros((length, 1, tower.config.hidden_size), dtype=like.dtype)
+    mrope = getattr(tower, "position_embedding_type", "") == "mrope"
+    positions = ids.expand(3, 1, length) if mrope else ids
     inputs: dict[str, Any] = {"input_ids": ids, "position_ids": positions, "attention_mask": None}
-    embedding = _StandIn(tower.embedding, lambda *_, **__: like.new_zeros(length, 1, hidden))
-    # Language models inside of it, as a distillation's teacher, have their own turn.
-    inner = [m for m in tower.modules() if m is not tower and hasattr(m, "decoder")]
-    stand_ins: dict[Any, Any] = {m: {"forward": lambda *_, **__: None} for m in inner}
-    stand_ins[tower] = {"embedding": embedding, "decoder": _StandIn(tower.decoder, _arrive)}
     # Hooks of these packages gather parameters; other people's may hand in a decoder_input.
-    hooks = tower._forward_pre_hooks.values()
-    home = {str(getattr(hook, "__module__", "")).split(".")[0] for hook in hooks}
-    run = tower.forward if home <= {"megatron", "torch"} else tower
+    homes = {hook.__module__.split(".")[0] for hook in tower._forward_pre_hooks.values()}
+    run, ends = tower.forward if homes <= {"megatron", "torch"} else tower, [tower.decoder]
     if part == "MTP":
-        run = tower.mtp.forward
         # Each of its layers begins with a norm of what it has embedded.
-        stand_ins |= {layer.enorm: {"forward": _arrive} for layer in tower.mtp.layers}
-        parameters = inspect.signature(run).parameters
-        needed = [p for p in parameters.values() if p.default is p.empty]
-        inputs = {p.name: None for p in needed if p.kind is not p.VAR_KEYWORD} | inputs
-        inputs |= {"labels": ids} if "labels" in parameters else {}  # 0.12
-        inputs |= {"hidden_states": like.new_zeros(rows, 1, hidden), "embedding": embedding}
+        run, ends = tower.mtp.forward, [layer.enorm for layer in tower.mtp.layers]
+        inputs |= {"hidden_states": zeros[:rows], "embedding": Embedding()}
+        inputs |= {"labels": ids} if "labels" in inspect.signature(run).parameters else {}  # 0.12
+    nothing: Any = mock.Mock()
+    # Language models inside of it, as a distillation's teacher, have their own turn.
+    stand_ins = {m: {"forward": nothing} for m in tower.modules() if hasattr(m, "decoder")}
+    stand_ins |= {m: {"forward": arrive, "_forward_pre_hooks": {}} for m in ends}
+    # What these two methods set up for a training step would stay.
+    setups = "preprocess_for_fine_grained_offloading", "preprocess_for_paged_stash"
+    stand_ins[tower] = {"embedding": Embedding(), **dict.fromkeys(setups, nothing)}
     with ExitStack() as stack:
         for module, attributes in stand_ins.items():
-            # What stands in a module's `__dict__` is found before a submodule.
+            # What stands in a module's `__dict__` is found before a submodule or a method.
             stack.enter_context(mock.patch.dict(module.__dict__, attributes))
         try:
             with torch.no_grad(), NoCollectives():  # type: ignore[no-untyped-call]
                 run(**inputs)
-        except _Arrived as arrived:
-            return int(arrived.args[0].shape[0])
+        except Arrived as arrived:
+            return int(arrived.args[0])
     raise RuntimeError("its forward ended without it")

@@ -2,6 +2,7 @@
 """`audit` on built models: what it says of a tower is what a forward then shows (rule 13)."""
 
 import functools
+from unittest import mock
 
 import common
 import models
@@ -321,6 +322,19 @@ def test_one_rank_alone_and_no_trace(kind):
     data = models.batch(LENGTH)
     with fix():
         common.check_same(models.step(plain, data), models.step(tower, data))
+
+
+@pytest.mark.skipif(RELEASE < (0, 16), reason="offloading of activations is of 0.16")
+@on_two_ranks
+def test_it_sets_up_no_offloading():
+    """A forward begins with that, for the whole step."""
+    _, tower = models.pair("gpt")
+    tower.config.fine_grained_activation_offloading = True
+    name = "preprocess_for_fine_grained_offloading"
+    with mock.patch.object(GPTModel, name, autospec=True) as called, fix():
+        assert verdict(tower) == "covered" and not called.called
+        rows(tower)
+        assert called.called
 
 
 @on_two_ranks
