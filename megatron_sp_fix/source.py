@@ -10,21 +10,18 @@ import ast
 import difflib
 import email.utils
 import functools
+import io
 import re
 import subprocess
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Optional, Union
 
 from .sites import OLDEST, UnsupportedMegatronError, version
 from .upstream_tests import core, messages
-from .upstream_tests.core import Change, Import
 
 __all__ = ["diff", "mail", "signer"]
 
-_TEXTS = Path(__file__).parent / "upstream_tests"
 _Files = dict[str, str]
-_Span = tuple[tuple[int, int], tuple[int, int]]
 
 
 def diff(root: Path) -> str:
@@ -42,7 +39,7 @@ def diff(root: Path) -> str:
         UnsupportedMegatronError: something is not recognized, or a file cannot be read as Python;
             the message names the file, the method and what was looked for.
     """
-    (_, before, _), *_, (_, _, after) = _series(root)
+    before, *_, after = _series(root)
     return _unified(before, after)
 
 
@@ -59,7 +56,8 @@ def mail(root: Path, sign_off: str) -> str:
     Raises:
         UnsupportedMegatronError: as for :func:`diff`.
     """
-    steps = [step for step in _series(root) if step[1] != step[2]]
+    states = _series(root)
+    steps = [step for step in zip(core.PATCHES, states, states[1:]) if step[1] != step[2]]
     date = email.utils.formatdate(localtime=True)
     mails = ""
     for number, (name, before, after) in enumerate(steps, 1):
@@ -83,126 +81,111 @@ def signer(root: Path) -> str:
     Raises:
         ValueError: git has no name or no address.
     """
-    values = []
-    for key in ("user.name", "user.email"):
-        command = ["git", "config", key]
-        done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
-        if not done.stdout.strip():
-            raise ValueError(f"git has no {key} to sign off with: set it by `git config {key} ...`")
-        values.append(done.stdout.strip())
-    return f"{values[0]} <{values[1]}>"
+    # With `useConfigOnly`, git does not make up an address from the names of user and machine.
+    command = ["git", "-c", "user.useConfigOnly=true", "var", "GIT_AUTHOR_IDENT"]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise ValueError("git has no user.email or user.name to sign off with: see `git config`")
+    return done.stdout.rsplit(" ", 2)[0]  # without the time and its zone
 
 
-def _series(root: Path) -> list[tuple[str, _Files, _Files]]:
-    """Each patch's name, and the files before and after it."""
+def _series(root: Path) -> list[_Files]:
+    """The files as they are, and after each of the patches."""
     release = version(root)
     if release[:2] < OLDEST:
         found, oldest = (".".join(map(str, numbers)) for numbers in (release, OLDEST))
         raise UnsupportedMegatronError(f"megatron-core {found} at {root} is older than {oldest}")
-    files = {path: _read(root, path) for path in core.PATHS if (root / path).is_file()}
-    groups = core.GROUPS[0] if "tp_group" in files.get(core.EMBEDDING, "") else core.GROUPS[1]
-    padded = any("padding_slice" in text for text in files.values())
-    steps = []
-    for name, changes in (
-        ("padding", core.PADDING if padded else ()),
-        ("scatter", (groups, *core.SCATTER, *core.TESTS)),
-        ("reduce_scatter", core.REDUCE_SCATTER),
-    ):
-        before, files = files, dict(files)
-        for change in changes:
-            try:
-                _apply(files, change)
-            except UnsupportedMegatronError as error:
-                raise UnsupportedMegatronError(f"{root}: {error}") from None
-        for part in ("ranks", name) if changes and core.EMBEDDING_TESTS in files else ():
-            _add_tests(files, part)
-        steps.append((name, before, files))
+    files = {path: _read(root / path) for path in core.PATHS if (root / path).is_file()}
+    states = [files]
+    for name, changes in core.PATCHES.items():
+        files = dict(files)
+        if name != "padding" or any("padding_slice" in text for text in files.values()):
+            for change in (*changes, *_tests("ranks"), *_tests(name)):
+                _apply(root, files, change)
+        states.append(files)
     for path, text in files.items():
         if re.search(core.SCATTERED_AGAIN, text):
-            raise UnsupportedMegatronError(
-                f"{root / path}: a statement unknown to megatron-core scatters decoder_input"
-            )
-    return steps
+            raise UnsupportedMegatronError(f"{root / path}: unknown code scatters decoder_input")
+    return states
 
 
-def _read(root: Path, path: str) -> str:
+def _read(path: Path) -> str:
     # Bytes decoded by hand: `open` would turn a file's \r\n into \n, and the diff would not apply.
     try:
-        text = (root / path).read_bytes().decode("utf-8")
+        text = path.read_bytes().decode("utf-8")
         _parse(text)
     except UnicodeDecodeError as error:
-        raise UnsupportedMegatronError(f"{root / path} is not UTF-8: {error.reason}") from None
+        raise UnsupportedMegatronError(f"{path} is not UTF-8: {error.reason}") from None
     except (SyntaxError, ValueError) as error:
-        raise UnsupportedMegatronError(f"{root / path} is not Python: {error}") from None
+        raise UnsupportedMegatronError(f"{path} is not Python: {error}") from None
     return text
 
 
 @functools.lru_cache(maxsize=64)
 def _parse(text: str) -> ast.Module:
-    # A byte order mark is a character of the first line, which nothing here changes.
-    return ast.parse(text.removeprefix("\ufeff"))
+    return ast.parse(text.removeprefix("\ufeff"))  # which a string must not begin with
 
 
-def _apply(files: _Files, change: Union[Change, Import]) -> None:
+def _tests(part: str) -> tuple[core.Import, core.Change]:
+    """The changes that add a file of tests to the end of the tree's own."""
+    text = (Path(__file__).parent / f"upstream_tests/{part}.py").read_text(encoding="utf-8")
+    imports, code = text.rstrip().split("\n\n\n", 1)
+    name = re.split("[(=]", code)[0]  # of the class, function or constants that come first
+    added = core.Change(f"{core.EMBEDDING_TESTS}:", "all", "{old}\n\n\n" + code, name, "present")
+    return core.Import(f"{core.EMBEDDING_TESTS}:", imports, "present"), added
+
+
+def _apply(root: Path, files: _Files, change: Union[core.Change, core.Import]) -> None:
     """Make a change in the first of its places that there is."""
-    for place in change.places.split(" | "):
+    for place in change.places.split(" or "):
         path, _, name = place.partition(":")
-        scope = _scope(files.get(path), name.strip())
-        if scope is not None:
+        if path in files and (scope := _scope(files[path], name)):
             break
     else:
-        if isinstance(change, Change) and change.need == "present":
+        if change.need == "present":
             return
-        raise UnsupportedMegatronError(f"there is no {change.places.replace(' | ', ' or ')}")
-    if isinstance(change, Import):
-        files[path] = _with_import(files[path], change.module, change.names)
-        return
-    if _key(change.done) in _key(ast.unparse(scope)):
-        return
-    spans = _spans(scope, change.find, _lines(files[path]))
-    if len(spans) == 1 or (spans and change.find.startswith("every ")):
-        new = _variant(files, change.new).replace("{group}", _group(files[path]))
-        for span in sorted(spans, reverse=True):
-            files[path] = _replaced(files[path], span, new)
-    elif change.need != "maybe":
-        raise UnsupportedMegatronError(
-            f"{place}: looked for one `{change.find}` and found {len(spans) or 'none'}. The source "
-            "form fits code as megatron-core has it; `megatron-sp-fix run` needs no known source"
-        )
+        raise UnsupportedMegatronError(f"{root}: there is no {change.places}")
+    code = change.new  # written for the newest release; an older one's files lack some words
+    for lacking, word, pairs in core.VARIANTS:
+        for old, new in pairs if word not in files.get(lacking or path, "") else ():
+            code = re.sub(old, new, code, flags=re.DOTALL)
+    if isinstance(change, core.Import):
+        files[path] = _with_imports(files[path], code)
+    elif _key(change.done) not in _key(ast.unparse(scope)):
+        spans = _spans(scope, change.find, files[path])
+        if len(spans) == 1 or (spans and change.need == "every"):
+            for span in sorted(spans, reverse=True):
+                files[path] = _replaced(files[path], span, code)
+        elif change.need != "maybe":
+            raise UnsupportedMegatronError(
+                f"{root}: {place}: looked for one `{change.find}` and found "
+                f"{len(spans) or 'none'}. The source form fits code as megatron-core has it; "
+                "`megatron-sp-fix run` needs no known source"
+            )
 
 
-def _scope(text: Optional[str], name: str) -> Optional[ast.AST]:
+def _scope(text: str, name: str) -> Optional[ast.AST]:
     """Find ``Class.method``, a class or a function; the whole module for an empty name."""
-    node: Optional[ast.AST] = None if text is None else _parse(text)
-    for part in name.split(".") if name else ():
+    node: Optional[ast.AST] = _parse(text)
+    for part in re.findall(r"\w+", name):
         body = getattr(node, "body", ())
         node = next((child for child in body if getattr(child, "name", None) == part), None)
     return node
 
 
-def _spans(scope: ast.AST, find: str, lines: list[str]) -> set[_Span]:
-    """Find where a piece of code stands: from line and column to line and column."""
-    key, spans = _key(find.removeprefix("every ")), set()
-    for node in ast.walk(scope):
-        if isinstance(node, ast.Constant) and isinstance(node.value, str):
-            for number in range(node.lineno, (node.end_lineno or 0) + 1):  # a docstring's lines
-                text = lines[number - 1].rstrip()
-                if _key(text) == key:
-                    spans.add(((number, len(text) - len(text.lstrip())), (number, len(text))))
-        if _key(_label(node)) == key:
-            parts = [p for p in ast.walk(node) if isinstance(p, (ast.stmt, ast.expr, ast.arg))]
-            first = min((part.lineno, part.col_offset) for part in parts)
-            last = max((part.end_lineno or 0, part.end_col_offset or 0) for part in parts)
-            spans.add((_characters(first, lines), _characters(last, lines)))
-    return spans
+def _spans(scope: ast.AST, find: str, text: str) -> set[tuple[int, int]]:
+    """Find where a piece of code stands in the text, or else whole lines of a docstring."""
+    if find == "all":
+        return {_span(scope, text)}
+    nodes = [node for node in ast.walk(scope) if _key(_label(node)) == _key(find)]
+    words = r"\s+".join(map(re.escape, find.split()))
+    lines = re.compile(rf"^[ \t]*({words})\r?$", re.M).finditer(text, *_span(scope, text))
+    return {_span(node, text) for node in nodes} or {line.span(1) for line in lines}
 
 
 def _label(node: ast.AST) -> str:
-    if isinstance(node, ast.FunctionDef):
-        return f"def {node.name}"
-    if isinstance(node, ast.ClassDef):
-        return f"class {node.name}"
-    return f"if {ast.unparse(node.test)}:" if isinstance(node, ast.If) else ast.unparse(node)
+    """The first line of a node's code; ``class name`` or ``def name`` of a definition."""
+    return re.sub(r"^(?:@.*\n)*(class \w+|def \w+|.*)(?s:.*)", r"\1", ast.unparse(node))
 
 
 def _key(code: str) -> str:
@@ -210,106 +193,70 @@ def _key(code: str) -> str:
     return re.sub(r"[\s()\"']", "", code)
 
 
-def _characters(place: tuple[int, int], lines: list[str]) -> tuple[int, int]:
+def _span(node: ast.AST, text: str) -> tuple[int, int]:
+    # A parameter list has no place of its own, but its parts have.
+    parts = [part for part in ast.walk(node) if isinstance(part, (ast.stmt, ast.expr, ast.arg))]
+    first = min((part.lineno, part.col_offset) for part in parts)
+    last = max((part.end_lineno or 0, part.end_col_offset or 0) for part in parts)
+    return _offset(text, *first), _offset(text, *last)
+
+
+def _offset(text: str, line: int, column: int = 0) -> int:
     # Syntax trees count bytes.
-    number, column = place
-    return number, len(lines[number - 1].encode()[:column].decode())
+    lines = text.encode().split(b"\n")
+    return len(b"\n".join([*lines[: line - 1], lines[line - 1][:column]]).decode())
 
 
-def _replaced(text: str, span: _Span, new: str) -> str:
-    lines = _lines(text)
-    (first, start), (last, stop) = span
-    if not new:
-        while lines[first - 2].lstrip().startswith("#"):
-            first -= 1
-        first -= not lines[first - 2].strip()
-        return "".join(lines[: first - 1] + lines[last:])
-    head, tail = lines[first - 1][:start], lines[last - 1][stop:]
-    old = "".join(lines[first - 1 : last])[start : -len(tail) or None]
-    indent = head[: len(head) - len(head.lstrip())]
-    rows = [indent + row if row else "" for row in new.split("\n")]
-    rows[-1] = rows[-1] or indent
-    made = "\n".join(rows).replace("    {outdent}", "").removeprefix(indent)
-    made = made.replace("\n", _end(lines)).replace("{old}", old)
-    return "".join([*lines[: first - 1], head + made + tail, *lines[last:]])
+def _replaced(text: str, span: tuple[int, int], new: str) -> str:
+    """Put code in a place, indented as it is; where there is none, the statement's lines go."""
+    start, stop = span
+    if not new:  # with the comment above, and the blank line above that
+        above = r"(^[ \t\r]*\n)?(^[ \t]*#.*\n)*^[ \t]*\Z"
+        return re.sub(above, "", text[:start], flags=re.M) + text[stop:].partition("\n")[2]
+    row = text[:start].rpartition("\n")[2]
+    indent = row[: len(row) - len(row.lstrip())]
+    end = "\r\n" if text.partition("\n")[0].endswith("\r") else "\n"
+    new = re.sub(r"\n(?!\n)", "\n" + indent, new).replace("\n", end)
+    return text[:start] + new.replace("{old}", text[start:stop]) + text[stop:]
 
 
-def _with_import(text: str, module: str, names: Sequence[str]) -> str:
+def _with_imports(text: str, statements: str) -> str:
     """Import names as isort would: with those of the same module, else among megatron's."""
-    lines = _lines(text)
-    nodes = [node for node in _parse(text).body if isinstance(node, ast.ImportFrom)]
-    same = [node for node in nodes if node.module == module]
-    there = [ast.unparse(alias) for node in same for alias in node.names]
-    names = [name for name in names if name not in there]
-    if not names:
-        return text
-    if len(same) == 1 and "#" not in "".join(lines[same[0].lineno - 1 : same[0].end_lineno]):
-        names = [*there, *names]
-        first, last = same[0].lineno, same[0].end_lineno or 0
-    else:  # a statement of its own, also where comments stand among the names
-        ours = [node for node in nodes if (node.module or "").startswith("megatron.")]
-        after = [node for node in ours if (node.module or "") <= module]
-        last = (after[-1].end_lineno or 0) if after else ours[0].lineno - 1
-        first = last + 1
-    names = sorted(names, key=lambda name: (not name[0].isupper(), name))
-    row = f"from {module} import {', '.join(names)}"
-    if len(row) > 100:
-        row = "\n".join([f"from {module} import (", *(f"    {name}," for name in names), ")"])
-    row = (row + "\n").replace("\n", _end(lines))
-    return "".join([*lines[: first - 1], row, *lines[last:]])
-
-
-def _add_tests(files: _Files, part: str) -> None:
-    source = _variant(files, (_TEXTS / f"{part}.py").read_text(encoding="utf-8"))
-    body = _parse(source).body
-    imports = [node for node in body if isinstance(node, ast.ImportFrom)]
-    definition = next(node for node in body if isinstance(node, (ast.ClassDef, ast.FunctionDef)))
-    text = files[core.EMBEDDING_TESTS]
-    if _scope(text, definition.name) is not None:
-        return
-    for node in imports:
-        names = [alias.name for alias in node.names]
-        text = _with_import(text, node.module or "", names)
-    end = _end(_lines(text))
-    code = "".join(_lines(source)[imports[-1].end_lineno or 0 :]).strip() + "\n"
-    text += "" if text.endswith("\n") else end
-    files[core.EMBEDDING_TESTS] = text + ("\n\n" + code).replace("\n", end)
-
-
-def _variant(files: _Files, text: str) -> str:
-    for path, word, pairs in core.VARIANTS:
-        for old, new in pairs if word not in files.get(path, "") else ():
-            text = re.sub(old, new, text, flags=re.DOTALL)
+    for new in _imports(statements):
+        nodes, lines = _imports(text), text.split("\n")
+        same = [node for node in nodes if node.module == new.module]
+        there = {ast.unparse(alias) for node in same for alias in node.names}
+        names = {alias.name for alias in new.names} - there
+        if not names:
+            continue
+        if len(same) == 1 and "#" not in "".join(lines[same[0].lineno - 1 : same[0].end_lineno]):
+            first, after = same[0].lineno, (same[0].end_lineno or 0) + 1
+            names |= there
+        else:  # a statement of its own, also where comments stand among the names
+            ours = [node for node in nodes if str(node.module).startswith("megatron.")]
+            before = [node.end_lineno or 0 for node in ours if str(node.module) <= str(new.module)]
+            first = after = max(before, default=ours[0].lineno - 1) + 1
+        joined = ", ".join(sorted(names))
+        row = f"from {new.module} import {joined}"
+        if len(row) > 100:
+            row = f"from {new.module} import (\n    {joined},\n)".replace(", ", ",\n    ")
+        text = _replaced(text, (_offset(text, first), _offset(text, after)), row + "\n")
     return text
 
 
-def _group(text: str) -> str:
-    """The argument that names a model's own tensor parallel group, where its file has one."""
-    for group in ("self.tp_group = ", "self.pg_collection.tp,", "self.model_comm_pgs.tp,"):
-        if group in text:
-            return f", {group.rstrip(' =,')}"
-    return ""
-
-
-def _lines(text: str) -> list[str]:
-    # Not `splitlines`, which also splits at form feeds, where neither `ast` nor git does.
-    parts = text.split("\n")
-    return [part + "\n" for part in parts[:-1]] + ([parts[-1]] if parts[-1] else [])
-
-
-def _end(lines: list[str]) -> str:
-    return "\r\n" if lines[0].endswith("\r\n") else "\n"
+def _imports(text: str) -> list[ast.ImportFrom]:
+    return [node for node in _parse(text).body if isinstance(node, ast.ImportFrom)]
 
 
 def _unified(before: _Files, after: _Files) -> str:
+    """The difference as git shows it."""
     text = ""
     for path in sorted(after):
-        if before[path] != after[path]:
-            rows = difflib.unified_diff(
-                _lines(before[path]), _lines(after[path]), f"a/{path}", f"b/{path}"
-            )
-            text += f"diff --git a/{path} b/{path}\n" + "".join(
-                row if row.endswith("\n") else f"{row}\n\\ No newline at end of file\n"
-                for row in rows
-            )
+        a, b = f"a/{path}", f"b/{path}"
+        # Not `splitlines`, which also splits at form feeds, where neither `ast` nor git does.
+        old, new = (io.StringIO(files[path]).readlines() for files in (before, after))
+        rows = list(difflib.unified_diff(old, new, a, b))
+        text += f"diff --git {a} {b}\n" if rows else ""
+        for row in rows:
+            text += row if row.endswith("\n") else f"{row}\n\\ No newline at end of file\n"
     return text

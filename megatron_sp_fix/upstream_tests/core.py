@@ -18,16 +18,15 @@ class Change(NamedTuple):
 
     Attributes:
         places: ``file: Class.method``, ``file: function`` or ``file:`` for all of it. More than one
-            where releases differ, separated by `` | ``: the first that a tree has is changed.
+            where releases differ, separated by `` or ``: the first that a tree has is changed.
         find: the code to replace, without regard to its formatting: a statement, an expression, a
-            parameter list, ``def name``, ``class name``, the head of an ``if``, or a line of a
-            docstring; ``every EXPRESSION`` if there may be several.
+            parameter list, ``def name``, ``class name``, the head of an ``if``, ``all`` of the
+            place, or whole lines of a docstring.
         new: what takes its place, without the place's indentation; ``{old}`` is the old code, as it
-            stands there, ``{outdent}`` a step to the left, ``{group}`` the model's tensor parallel
-            group as an argument. Empty: the statement goes, with the comment above it.
+            stands there. Empty: the statement goes, with the comment above it.
         done: what the place contains once it is changed.
-        need: ``always``; ``present`` if a release may lack the place; ``maybe`` if the place may
-            lack the code.
+        need: ``always`` once; ``every`` if the place may have the code more than once; ``present``
+            if a release may lack the place; ``maybe`` if the place may lack the code.
     """
 
     places: str
@@ -38,20 +37,20 @@ class Change(NamedTuple):
 
 
 class Import(NamedTuple):
-    """Names that a file imports from a module: ``file:``, the module and the names."""
+    """Names that a file imports: ``file:``, the statements, and `need` as for a change."""
 
     places: str
-    module: str
-    names: tuple[str, ...]
+    new: str
+    need: str = "always"
 
 
-_DECODER = f"{GPT}: GPTModel._preprocess | {GPT}: GPTModel.forward"  # forward in 0.12
+_DECODER = f"{GPT}: GPTModel._preprocess or {GPT}: GPTModel.forward"  # forward in 0.12
 _HYBRID_DECODER = (  # _preprocess in pull requests 4798 and 4942
-    f"{HYBRID}: HybridModel._preprocess | {HYBRID}: HybridModel.forward | "
+    f"{HYBRID}: HybridModel._preprocess or {HYBRID}: HybridModel.forward or "
     f"{MAMBA}: MambaModel.forward"
 )
 _MTP_TRAINING = (  # the block's in 0.12 and 0.13
-    f"{MTP}: MultiTokenPredictionLayer._get_embeddings | {MTP}: MultiTokenPredictionBlock.forward"
+    f"{MTP}: MultiTokenPredictionLayer._get_embeddings or {MTP}: MultiTokenPredictionBlock.forward"
 )
 _MTP_STEP = f"{MTP}: MultiTokenPredictionLayer.forward_single_position"  # 0.17 on
 _FORWARD = f"{EMBEDDING}: LanguageModelEmbedding.forward"
@@ -138,20 +137,14 @@ def _check_length(length: int, tp_size: int) -> None:
             f"it to {-(-length // tp_size) * tp_size} tokens, or set sequence_parallel=False"
         )'''
 
-#: Names that the function needs; the second where there are only global process groups, in 0.12.
-GROUPS = (
-    Import(
-        f"{EMBEDDING}:",
-        "megatron.core.utils",
-        ("get_pg_size", "get_tensor_model_parallel_group_if_none"),
-    ),
-    Import(f"{EMBEDDING}:", "megatron.core", ("parallel_state",)),
-)
+_SCATTER_IMPORTS = """\
+from typing import Callable, Optional
+from megatron.core.utils import get_pg_size, get_tensor_model_parallel_group_if_none"""
 
 _EMBED = "decoder_input = {}(input_ids={}, position_ids=position_ids)"
 _SCATTER = """\
 decoder_input = scatter_embeddings(
-    {}, {}, position_ids, self.config{{group}}
+    {}, {}, position_ids, self.config, self.tp_group
 )"""
 _STEP = """\
 # Hidden states of all positions, not scattered, go with the embeddings of all positions.
@@ -161,7 +154,7 @@ else:
     """ + _SCATTER.format("embedding", "next_token_ids").replace("\n", "\n    ")
 
 SCATTER: tuple[Union[Change, Import], ...] = (
-    Import(f"{EMBEDDING}:", "typing", ("Callable", "Optional")),
+    Import(f"{EMBEDDING}:", _SCATTER_IMPORTS),
     Change(
         f"{EMBEDDING}:",
         "class LanguageModelEmbedding",
@@ -171,10 +164,10 @@ SCATTER: tuple[Union[Change, Import], ...] = (
     *(
         Import(
             places,
-            "megatron.core.models.common.embeddings.language_model_embedding",
-            ("scatter_embeddings",),
+            "from megatron.core.models.common.embeddings.language_model_embedding import "
+            "scatter_embeddings",
         )
-        for places in (f"{GPT}:", f"{HYBRID}: | {MAMBA}:", f"{MTP}:")
+        for places in (f"{GPT}:", f"{HYBRID}: or {MAMBA}:", f"{MTP}:")
     ),
     *(
         Change(
@@ -299,20 +292,26 @@ REDUCE_SCATTER = (
     ),
     Change(
         _FORWARD,
-        "set to True. Defaults to None",
-        "{old}\n{outdent}scatter_to_sequence_parallel (bool, optional): Whether to return this "
-        "rank's part of\n{outdent}    the sequence. Defaults to what the module was built with.",
+        "tokentype_ids (int): The token type ids. Used when args.bert_binary_head is set to True. "
+        "Defaults to None",
+        "{old}\nscatter_to_sequence_parallel (bool, optional): Whether to return this rank's part "
+        "of\n    the sequence. Defaults to what the module was built with.",
         "scatter_to_sequence_parallel (bool",
         "maybe",
     ),
     Change(
-        _FORWARD, "every self.reduce_scatter_embeddings", "reduce_scatter", "if not reduce_scatter:"
+        _FORWARD,
+        "self.reduce_scatter_embeddings",
+        "reduce_scatter",
+        "if not reduce_scatter:",
+        "every",
     ),
     Change(
         _FORWARD,
-        "every self.scatter_to_sequence_parallel",
+        "self.scatter_to_sequence_parallel",
         "scatter",
         "not reduce_scatter and scatter",
+        "every",
     ),
     Change(
         _FORWARD,
@@ -379,21 +378,35 @@ mtp_layer.tp_group = types.SimpleNamespace(size=lambda: 2)""",
     ),
 )
 
+#: The patches in their order, each with the file of its tests' name. The first is for trees that
+#: have a ``padding_slice``.
+PATCHES = {"padding": PADDING, "scatter": (*SCATTER, *TESTS), "reduce_scatter": REDUCE_SCATTER}
+
 #: The files that are read, of which a tree has some.
 PATHS = sorted(
     {EMBEDDING_TESTS}.union(
         place.split(":")[0]
-        for change in (*PADDING, *SCATTER, *REDUCE_SCATTER, *TESTS)
-        for place in change.places.split(" | ")
+        for changes in PATCHES.values()
+        for change in changes
+        for place in change.places.split(" or ")
     )
 )
 
-#: Where a file lacks a word: regular expressions, and what to write for what they match.
+#: Where a file, or that which is changed, lacks a word: regular expressions, and what to write for
+#: what they match.
 VARIANTS = (
+    # By the names that releases have for a model's own tensor parallel group, if it has one.
+    (None, "self.tp_group = ", ((r", self\.tp_group", ", self.pg_collection.tp"),)),
+    (None, "self.pg_collection.tp,", ((r", self\.pg_collection\.tp", ", self.model_comm_pgs.tp"),)),
+    (None, "self.model_comm_pgs.tp,", ((r", self\.model_comm_pgs\.tp", ""),)),
     (
         EMBEDDING,
-        "tp_group",
+        "tp_group",  # only global process groups, in 0.12
         (
+            (
+                r"from megatron\.core\.utils import get_pg_size, [^\n]*",
+                "from megatron.core import parallel_state",
+            ),
             (r"    tp_group: Optional\[torch\.distributed\.ProcessGroup\] = None,\n", ""),
             (r"        tp_group \(ProcessGroup, optional\): [^\n]*\n", ""),
             (
@@ -407,7 +420,7 @@ VARIANTS = (
         GPT,
         "InferenceMode",  # up to 0.17: an inference context and eval() are the mode
         (
-            (r"from megatron\.core\.inference\.utils import InferenceMode\n", ""),
+            (r"from megatron\.core\.inference\.utils import InferenceMode\n?", ""),
             (r"with InferenceMode\.active\(\), torch\.no_grad\(\):", "with torch.no_grad():"),
         ),
     ),
@@ -415,7 +428,7 @@ VARIANTS = (
         HYBRID,
         "class HybridModel",  # the tests build no MambaModel
         (
-            (r"from megatron\.core\.(models\.hybrid|transformer\.spec_utils)[^\n]*\n", ""),
+            (r"from megatron\.core\.(models\.hybrid|transformer\.spec_utils)[^\n]*\n?", ""),
             (r"    if kind == 'hybrid':.*?(?=    layers = )", ""),
             (r"'gpt', 'hybrid'", "'gpt'"),
             (r" *\('hybrid', '\w+'\),\n", ""),

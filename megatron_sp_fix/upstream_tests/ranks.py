@@ -10,6 +10,7 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
+
 SEQ_LENGTH, BATCH_SIZE, HIDDEN_SIZE, VOCAB_SIZE, TP_SIZE = 16, 2, 32, 64, 2
 
 
