@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, NoReturn, Optional
 
 from . import UnsupportedMegatronError, __version__, apply, audit, hook, launch, sites, status
-from .patching import SiteStatus
 
 __all__ = ["main"]
 
@@ -95,17 +94,15 @@ def _disable(arguments: argparse.Namespace) -> int:
 
 def _status(arguments: argparse.Namespace) -> int:
     """Show what each call site of megatron-core does in a process like this one."""
-    root = arguments.root or sites.installed_root()
-    found, remark = sites.supported(root)
+    found = status(arguments.root)
+    rows = found.sites
     hooked = not arguments.root and hook.in_force()
-    other = tuple(SiteStatus(site.name, site.native, site.native, "") for site in found)
-    rows = other if arguments.root else status().sites
-    version = ".".join(map(str, sites.version(root)))
     if arguments.json:
-        head = {"version": version, "root": str(root), "remark": remark, "hook": hooked}
-        print(json.dumps({**head, "sites": [row._asdict() for row in rows]}, indent=2))
+        rest = {"hook": hooked, "sites": [row._asdict() for row in rows]}
+        print(json.dumps({**found._asdict(), **rest}, indent=2))
     else:
-        print(f"megatron-core {version} at {root}", *filter(None, [remark]), sep="\n")
+        print(f"megatron-core {found.version} at {found.root}")
+        print(*filter(None, [found.remark]), sep="\n", end="")
         print("import hook:", "patches each module as it is imported" if hooked else "none")
         for row in rows:
             by = f" (by {row.by})" if row.by else ""

@@ -9,10 +9,11 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial, update_wrapper
+from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any, NamedTuple, Optional, Union
 
-from .sites import Site, UnsupportedMegatronError, installed_root, supported, version
+from .sites import Site, UnsupportedMegatronError, dotted, installed_root, supported, version
 
 __all__ = ["SiteStatus", "Status", "applied", "apply", "apply_to", "remove", "status"]
 
@@ -92,11 +93,12 @@ class SiteStatus(NamedTuple):
 
 
 class Status(NamedTuple):
-    """The installed megatron-core: its version, the folder that holds it and its call sites."""
+    """A megatron-core: its version, folder and call sites; `remark`, if it is not tested yet."""
 
     version: str
     root: str
     sites: tuple[SiteStatus, ...]
+    remark: str
 
 
 def apply(*, also: Iterable[Union[type, str]] = ()) -> tuple[str, ...]:
@@ -189,17 +191,18 @@ def applied(*, also: Iterable[Union[type, str]] = ()) -> Iterator[None]:
                 _undo.clear()
 
 
-def status() -> Status:
-    """Describe the installed megatron-core and its call sites, without importing any of it.
+def status(root: Optional[Path] = None) -> Status:
+    """Describe the installed megatron-core, or the one in a folder `root`, and import none of it.
 
     Raises:
         UnsupportedMegatronError: megatron-core is missing, too old or not recognized.
     """
-    root = installed_root()
+    tree = root or installed_root()
+    sites, remark = supported(tree)
     rows = []
-    for site in supported(root)[0]:
+    for site in sites:
         state, by = "not imported", ""
-        if site.native == "this fix":
+        if root or site.native == "this fix":
             state = site.native
         elif cls := _owner(sys.modules.get(site.module), site.cls, site.method):
             current = vars(cls)[site.method]
@@ -208,7 +211,7 @@ def status() -> Status:
             home = current.__globals__.get("__name__", "") if plain else type(current).__module__
             by = {site.module: "", __name__: "megatron_sp_fix"}.get(home, home)
         rows.append(SiteStatus(site.name, site.native, state, by))
-    return Status(".".join(map(str, version(root))), str(root), tuple(rows))
+    return Status(dotted(version(tree)), str(tree), tuple(rows), remark)
 
 
 def _state(patch: Optional[_Patch]) -> str:

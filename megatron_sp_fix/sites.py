@@ -72,10 +72,7 @@ def supported(root: Path) -> tuple[tuple[Site, ...], str]:
     newer than what was tested. Raises if it is too old, or a file or a role is not recognized.
     """
     release = version(root)
-    shown, oldest, newest = (".".join(map(str, v)) for v in (release, OLDEST, NEWEST))
-    where = f"megatron-core {shown} at {root}"
-    if release[:2] < OLDEST:
-        raise UnsupportedMegatronError(f"{where} is too old: {oldest} to {newest} are supported")
+    where = f"megatron-core {dotted(release)} at {root}"
     found: list[Site] = []
     for role in dict.fromkeys(site.role for site in SITES):
         sites = [site for site in SITES if site.role == role]
@@ -91,7 +88,7 @@ def supported(root: Path) -> tuple[tuple[Site, ...], str]:
                 f"{' or '.join(f'{s.module}: {s.name}' for s in sites)}, found {len(matches)}; for "
                 "a fork, add its method to megatron_sp_fix/sites.py"
             )
-    remark = f"{where} is newer than {newest}, the newest release that was tested"
+    remark = f"{where} is newer than {dotted(NEWEST)}, the newest release that was tested"
     return tuple(found), remark if release[:2] > NEWEST else ""
 
 
@@ -106,14 +103,22 @@ def installed_root() -> Path:
     return Path(spec.origin).parents[2]
 
 
+def dotted(release: tuple[int, ...]) -> str:
+    return ".".join(map(str, release))
+
+
 def version(root: Path) -> tuple[int, ...]:
-    """Read ``(major, minor, patch)`` from a source tree; raises if there is none at `root`."""
+    """Read ``(major, minor, patch)`` from a source tree; raises if it is too old, or none."""
     path = root / "megatron/core/package_info.py"
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     numbers = re.findall(r"^(?:MAJOR|MINOR|PATCH)\s*=\s*(\d+)", text, re.M)
     if len(numbers) != 3:
         raise UnsupportedMegatronError(f"no megatron-core at {root}: {path} states no version")
-    return tuple(map(int, numbers))
+    release = tuple(map(int, numbers))
+    if release[:2] < OLDEST:
+        old = f"megatron-core {dotted(release)} at {root} is too old"
+        raise UnsupportedMegatronError(f"{old}: {dotted(OLDEST)} to {dotted(NEWEST)} are supported")
+    return release
 
 
 @functools.cache

@@ -16,7 +16,7 @@ import subprocess
 from pathlib import Path
 from typing import Optional, Union
 
-from .sites import OLDEST, UnsupportedMegatronError, version
+from .sites import UnsupportedMegatronError, version
 from .upstream_tests import core, messages
 
 __all__ = ["diff", "mail", "signer"]
@@ -25,15 +25,9 @@ _Files = dict[str, str]
 
 
 def diff(root: Path) -> str:
-    """Make the patch that puts the fix into a source tree. Reads the tree and writes nothing.
+    """Make the patch of a tree: a unified diff relative to `root`, empty if it has the fix already.
 
-    Args:
-        root: the folder that holds ``megatron/core``; if it holds ``tests/unit_tests`` too, the
-            patch adds tests there.
-
-    Returns:
-        str: a unified diff that ``git apply`` and ``patch -p1`` take, relative to `root`; empty if
-        the tree has the fix already.
+    It adds tests where the tree has ``tests/unit_tests``. Nothing is written.
 
     Raises:
         UnsupportedMegatronError: something is not recognized, or a file cannot be read as Python;
@@ -44,18 +38,7 @@ def diff(root: Path) -> str:
 
 
 def mail(root: Path, sign_off: str) -> str:
-    """Make the fix as a series of mails that ``git am`` takes, each a step that stands by itself.
-
-    Args:
-        root: as for :func:`diff`.
-        sign_off: ``Name <address>``, the author, who signs off.
-
-    Returns:
-        str: an mbox; empty if the tree has the fix already.
-
-    Raises:
-        UnsupportedMegatronError: as for :func:`diff`.
-    """
+    """Make the same as an mbox that ``git am`` takes, by an author who signs off: three steps."""
     states = _series(root)
     steps = [step for step in zip(core.PATCHES, states, states[1:]) if step[1] != step[2]]
     date = email.utils.formatdate(localtime=True)
@@ -73,14 +56,7 @@ def mail(root: Path, sign_off: str) -> str:
 
 
 def signer(root: Path) -> str:
-    """Read ``Name <address>`` of git's configured user.
-
-    Args:
-        root: the folder whose repository's configuration counts.
-
-    Raises:
-        ValueError: git has no name or no address.
-    """
+    """Read ``Name <address>`` from git's configuration in a folder; a ValueError if it has none."""
     # With `useConfigOnly`, git does not make up an address from the names of user and machine.
     command = ["git", "-c", "user.useConfigOnly=true", "var", "GIT_AUTHOR_IDENT"]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
@@ -91,10 +67,7 @@ def signer(root: Path) -> str:
 
 def _series(root: Path) -> list[_Files]:
     """The files as they are, and after each of the patches."""
-    release = version(root)
-    if release[:2] < OLDEST:
-        found, oldest = (".".join(map(str, numbers)) for numbers in (release, OLDEST))
-        raise UnsupportedMegatronError(f"megatron-core {found} at {root} is older than {oldest}")
+    version(root)  # raises if it is too old
     files = {path: _read(root / path) for path in core.PATHS if (root / path).is_file()}
     states = [files]
     for name, changes in core.PATCHES.items():

@@ -201,7 +201,7 @@ def test_a_half_patched_tree_is_completed(tree):
         (GPT, "class GPTModel(", "class GPTModel((", r"gpt_model\.py is not Python"),
         (GPT, "class GPTModel(", "class Ä(", r"gpt_model\.py is not UTF-8"),
         (core.EMBEDDING, "if not self.reduce_", "if not self.reduce", r"LanguageModelEmb.*forward"),
-        (VERSION, "MINOR = 1", "MINOR = 0", r"is older than 0\.12"),
+        (VERSION, "MINOR = 1", "MINOR = 0", r"is too old: 0\.12"),
     ],
 )
 def test_what_is_not_recognized_gives_one_line_and_no_diff(tree, path, old, new, message):
