@@ -78,12 +78,9 @@ def _call(method: Any, owner: Any, *args: Any, **kwargs: Any) -> Any:
 class SiteStatus(NamedTuple):
     """What one call site, ``Class.method``, does in this process.
 
-    Attributes:
-        native: what the installed code does by itself, as of ``sites.Site``.
-        state: ``"patched"`` if a call of the method reaches this package, ``"this fix"`` (in its
-            source), ``"not patched"``, ``"not imported"``, or ``"cannot tell"`` if the method was
-            replaced by something that hides what it calls.
-        by: the module of whoever replaced the method last; empty if nobody did.
+    `native` is as of ``sites.Site``. `state` is ``"patched"`` if a call reaches this package,
+    ``"this fix"`` (in its source), ``"not patched"``, ``"not imported"``, or ``"cannot tell"`` if a
+    replacement hides what it calls. `by` is the module of whoever replaced the method last.
     """
 
     name: str

@@ -13,13 +13,9 @@ class NotCoveredError(RuntimeError):
 
 
 class Tower(NamedTuple):
-    """A language model found in a model.
+    """A language model, by its name in the model (``""`` for that itself) and its class.
 
-    Attributes:
-        name: its name in the model, ``""`` for the model itself.
-        cls: its class.
-        verdict: ``"covered"``, ``"not covered"``, ``"nothing to shard"`` or ``"cannot tell"``.
-        reason: why, in a sentence.
+    `verdict` is ``"covered"``, ``"not covered"``, ``"nothing to shard"`` or ``"cannot tell"``.
     """
 
     name: str
