@@ -6,19 +6,7 @@ from .patching import SiteStatus, Status, applied, apply, remove, status
 from .sites import UnsupportedMegatronError
 from .towers import NotCoveredError, Tower, audit
 
-__all__ = [
-    "NotCoveredError",
-    "SiteStatus",
-    "StartupError",
-    "Status",
-    "Tower",
-    "UnsupportedMegatronError",
-    "applied",
-    "apply",
-    "audit",
-    "disable",
-    "enable",
-    "remove",
-    "status",
-]
+__all__ = ["applied", "apply", "audit", "disable", "enable", "remove", "status"]
+__all__ += ["SiteStatus", "Status", "Tower"]
+__all__ += ["NotCoveredError", "StartupError", "UnsupportedMegatronError"]
 __version__ = "0.1.0"

@@ -20,7 +20,6 @@ MODULES = {  # those of `sites.SITES`, and ModelOpt's EAGLE-3
     "megatron.core.transformer.multi_token_prediction",
     "modelopt.torch.speculative.plugins.megatron_eagle",
 }
-MODES = ("", "1", "warn")  # of MEGATRON_SP_FIX; under "0" this module is not loaded
 RANKS = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK")
 
 
@@ -31,21 +30,22 @@ class Finder:
         self.mode = os.environ.get("MEGATRON_SP_FIX", "")
         self.also = tuple(filter(None, os.environ.get("MEGATRON_SP_FIX_ALSO", "").split(",")))
         self.names = MODULES | {name.partition(":")[0] for name in self.also}
-        self.asking: set[str] = set()
-        self.patched: list[str] = []
+        self.patched: list[str] = []  # as "Class.method"
         self.running, self.said = 0, False
         self.error: Exception | None = None
+        if self.mode not in ("", "1", "warn"):  # under "0" this module is not loaded
+            self.error = ValueError(f"MEGATRON_SP_FIX={self.mode} is none of 0, 1 and warn")
 
     def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
         """Find one of the modules, with a loader that patches it."""
-        if name not in self.names or name in self.asking:  # a finder like this one asks it, too
+        if name not in self.names:
             return None
-        others = [f for f in sys.meta_path if f is not self and hasattr(f, "find_spec")]
-        self.asking.add(name)
+        finders = [finder for finder in sys.meta_path if hasattr(finder, "find_spec")]
+        self.names.remove(name)  # for now: a finder that asks all others asks this one, too
         try:
-            spec = next(filter(None, (f.find_spec(name, path, target) for f in others)), None)
+            spec = next(filter(None, (f.find_spec(name, path, target) for f in finders)), None)
         finally:
-            self.asking.discard(name)
+            self.names.add(name)
         if spec and spec.loader:
             spec.loader = _Loader(spec.loader, self)  # type: ignore[assignment]
         return spec
@@ -54,42 +54,37 @@ class Finder:
         """Patch a module that has run; a failure leaves all of megatron-core as it was."""
         from megatron_sp_fix import patching
 
-        try:
-            if self.mode not in MODES:
-                raise ValueError(f"MEGATRON_SP_FIX={self.mode} is none of 0, 1 and warn")
-            if self.error:
-                raise self.error  # once more: somebody may have caught the first
-            self.patched += patching.apply_to(name, self.also)
-            if not self.running:
-                self.check()
-        except Exception as error:
-            if not self.error:  # later on, somebody may have called apply()
+        if not self.error:
+            try:
+                methods = patching.apply_to(name, self.also)
+                self.patched += [".".join(method.split(".")[-2:]) for method in methods]
+                if not self.running:
+                    self.check()
+            except Exception as error:
+                self.error = error
                 patching.remove()
-            if self.mode == "warn" and not self.error:
-                _say(f"off in this process: {error}")
-            self.error = error
-            if self.mode != "warn":
-                raise
+                if self.mode == "warn":
+                    say(f"off in this process: {error}")
+        if self.error and self.mode != "warn":
+            raise self.error  # at each import, since somebody may have caught the first
 
     def check(self) -> None:
         """Fail if another finder kept a module from this one; say once what is patched."""
-        from megatron_sp_fix import patching, sites
+        from megatron_sp_fix import patching
 
         found = patching.status()
         # What was patched may have been changed since, which is not this hook's matter.
-        left = [site.name for site in found.sites if site.state == "not patched"]
-        missed = ", ".join(n for n in left if not any(p.endswith("." + n) for p in self.patched))
+        missed = {row.name for row in found.sites if row.state == "not patched"} - {*self.patched}
         if missed and not patching._removed:
             raise RuntimeError(
-                f"{missed} not patched: an import hook in front of this one has loaded it without "
-                "asking: import megatron-core before that hook is installed"
+                f"{', '.join(sorted(missed))} not patched: an import hook in front of this one has "
+                "loaded it without asking: import megatron-core before that hook is installed"
             )
         rank = next((os.environ[name] for name in RANKS if name in os.environ), "0")
         if self.patched and not self.said and rank == "0":
-            names = ", ".join(".".join(name.split(".")[-2:]) for name in self.patched)
-            remark = sites.supported(sites.installed_root())[1]
             where = f"megatron-core {found.version} at {found.root}"
-            _say(f"patched {names} in {where}{remark and f'; {remark}'}")
+            tail = found.remark and f"; {found.remark}"
+            say(f"patched {', '.join(self.patched)} in {where}{tail}")
         self.said = True
 
     def check_at_exit(self) -> None:
@@ -98,7 +93,7 @@ class Finder:
             if not self.error and self.names & sys.modules.keys():
                 self.check()
         except RuntimeError as error:
-            _say(str(error))
+            say(error)
             sys.stdout.flush()
             if self.mode != "warn":
                 os._exit(1)  # the only way to change the status by now
@@ -123,10 +118,6 @@ class _Loader:
         self.finder.patch(module.__name__)
 
 
-def _say(text: str) -> None:
-    print(f"megatron-sp-fix: {text}", file=sys.stderr, flush=True)
-
-
 def install() -> None:
     """Patch what this process imports from now on."""
     finder = Finder()
@@ -134,6 +125,6 @@ def install() -> None:
     atexit.register(finder.check_at_exit)
 
 
-def in_force() -> bool:
-    """Whether this process has the import hook, in a mode that there is."""
-    return any(isinstance(finder, Finder) and finder.mode in MODES for finder in sys.meta_path)
+def say(text: object) -> None:
+    """Write a line on standard error."""
+    print(f"megatron-sp-fix: {text}", file=sys.stderr, flush=True)
