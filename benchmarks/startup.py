@@ -43,7 +43,7 @@ def main() -> int:
         more: dict[str, list[float]] = {"run": [], "enable": []}
         for _ in range(ROUNDS):
             without.append(seconds(python))
-            more["run"].append(seconds(python, PYTHONPATH=launch.folder()) - without[-1])
+            more["run"].append(seconds(python, PYTHONPATH=launch.FOLDER) - without[-1])
             with mock.patch("sysconfig.get_path", lambda name: str(packages)):
                 file = Path(enable())
             more["enable"].append(seconds(python) - without[-1])

@@ -38,7 +38,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             return args.call(args) or 0
         finally:
             sys.stdout.flush()
-    except (launch.StartupError, sites.UnsupportedMegatronError, NotCoveredError) as error:
+    except (NotCoveredError, sites.UnsupportedMegatronError) as error:
         hook.say(error)
         return 1
     except ValueError as error:  # what was asked for makes no sense
@@ -49,12 +49,15 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     except BrokenPipeError:  # nor is there anybody to read what is flushed at the end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as error:
+        hook.say(f"{error}: is it there, and yours to change?")
+        return 1
 
 
 def _run(args: argparse.Namespace) -> None:
     """Start a command whose Python processes have the fix."""
     if args.path:
-        print(launch.folder())
+        print(launch.FOLDER)
         return
     command = args.command if args.m is None else ["-m", *args.m, *args.command]
     if command[:1] == ["--"]:
@@ -63,10 +66,10 @@ def _run(args: argparse.Namespace) -> None:
         raise ValueError("name a command, a script, or -m and a module")
     if command[0] == "-m" or command[0].endswith(".py"):  # by this Python, with the same options
         if sys.flags.ignore_environment or sys.flags.no_site:
-            raise launch.StartupError("run needs PYTHONPATH and site: python without -I, -E and -S")
+            raise ValueError("run needs PYTHONPATH and site: start python without -I, -E and -S")
         options = sys.orig_argv[1 : -len(sys.argv)]  # and "-m", of `python -m megatron_sp_fix`
         command = [sys.executable, *(options[:-1] if options[-1:] == ["-m"] else options), *command]
-    paths = filter(None, [launch.folder(), os.environ.get("PYTHONPATH")])
+    paths = filter(None, [launch.FOLDER, os.environ.get("PYTHONPATH")])
     names = filter(None, [os.environ.get("MEGATRON_SP_FIX_ALSO"), *args.also])
     changes = {"PYTHONPATH": os.pathsep.join(paths), "MEGATRON_SP_FIX_ALSO": ",".join(names)}
     for ignored in (signal.SIGPIPE, signal.SIGXFSZ):  # by Python; the command would inherit that
@@ -74,7 +77,7 @@ def _run(args: argparse.Namespace) -> None:
     try:
         os.execvpe(command[0], command, {**os.environ, **changes})
     except OSError as error:
-        raise launch.StartupError(f"cannot run {command[0]}: {error.strerror}") from error
+        raise ValueError(f"cannot run {command[0]}: {error.strerror}") from error
 
 
 def _enable(args: argparse.Namespace) -> None:
@@ -92,21 +95,19 @@ def _disable(args: argparse.Namespace) -> None:
 def _status(args: argparse.Namespace) -> None:
     """Show what each call site of megatron-core does in a process like this one."""
     found = status(args.root)
-    rows = found.sites
     hooks = [f for f in sys.meta_path if isinstance(f, hook.Finder) and not f.error]
     hooked = bool(hooks) and not args.root
     if args.json:
-        rest = {"hook": hooked, "sites": [row._asdict() for row in rows]}
+        rest = {"hook": hooked, "sites": [row._asdict() for row in found.sites]}
         print(json.dumps({**found._asdict(), **rest}, indent=2))
     else:
-        head = [f"megatron-core {found.version} at {found.root}", found.remark]
-        print(*filter(None, head), sep="\n")
+        print(found.remark or f"megatron-core {found.version} at {found.root}")
         print("import hook:", "patches each module as it is imported" if hooked else "none")
-        for row in rows:
+        for row in found.sites:
             by = f" (by {row.by})" if row.by else ""
             print(f"  {row.name:50} by itself: {row.native:11}  now: {row.state}{by}")
     right = ("patched", "this fix", "not imported") if hooked else ("patched", "this fix")
-    wrong = ", ".join(row.name for row in rows if row.state not in right)
+    wrong = ", ".join(row.name for row in found.sites if row.state not in right)
     remedy = "start it under `megatron-sp-fix run`, `enable` the fix, or patch the source by `diff`"
     if args.check and wrong:
         raise NotCoveredError(f"a process like this one would run unpatched: {wrong}; {remedy}")

@@ -16,8 +16,6 @@ from megatron.core.models.common.embeddings.language_model_embedding import Lang
 from megatron.core.tensor_parallel.layers import VocabParallelEmbedding
 from megatron.core.tensor_parallel.mappings import scatter_to_sequence_parallel_region
 
-__all__ = ["Sharding", "needs_shard", "sharding", "sharding_rows", "tp_group"]
-
 # Release 0.12 takes no group and uses the global one.
 _TAKES_GROUP = "group" in inspect.signature(scatter_to_sequence_parallel_region).parameters
 

@@ -46,17 +46,24 @@ class Finder:
             spec = next(filter(None, (f.find_spec(name, path, target) for f in finders)), None)
         finally:
             self.names.add(name)
-        if spec and spec.loader:
-            spec.loader = _Loader(spec.loader, self)  # type: ignore[assignment]
+        if spec and spec.loader:  # one for this module alone, which is told to do more
+            execute = spec.loader.exec_module
+            spec.loader.exec_module = lambda module: self.run(execute, module)  # type: ignore[method-assign]
         return spec
 
-    def patch(self, name: str) -> None:
-        """Patch a module that has run; a failure leaves all of megatron-core as it was."""
+    def run(self, execute: Any, module: Any) -> None:
+        """Run a module, and patch it; a failure leaves all of megatron-core as it was."""
+        del module.__loader__.exec_module  # what it was told
+        self.running += 1
+        try:
+            execute(module)
+        finally:
+            self.running -= 1
         from megatron_sp_fix import patching
 
         if not self.error:
             try:
-                methods = patching.apply_to(name, self.also)
+                methods = patching.apply_to(module.__name__, self.also)
                 self.patched += [".".join(method.split(".")[-2:]) for method in methods]
                 if not self.running:
                     self.check()
@@ -97,25 +104,6 @@ class Finder:
             sys.stdout.flush()
             if self.mode != "warn":
                 os._exit(1)  # the only way to change the status by now
-
-
-class _Loader:
-    """Another's loader, which tells the finder when it is done."""
-
-    def __init__(self, loader: Any, finder: Finder) -> None:
-        self.loader, self.finder = loader, finder
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.loader, name)
-
-    def exec_module(self, module: Any) -> None:
-        module.__loader__ = module.__spec__.loader = self.loader
-        self.finder.running += 1
-        try:
-            self.loader.exec_module(module)
-        finally:
-            self.finder.running -= 1
-        self.finder.patch(module.__name__)
 
 
 def install() -> None:

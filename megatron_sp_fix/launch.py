@@ -5,46 +5,28 @@ import os
 import sysconfig
 from pathlib import Path
 
+#: Whose ``sitecustomize.py`` installs the import hook; for ``PYTHONPATH``.
+FOLDER = os.path.join(os.path.dirname(os.path.abspath(__file__)), "bootstrap")
+_NAME = "megatron_sp_fix_enabled.pth"  # not what somebody would call a path file of their own
 # `site` runs the second line as Python starts. It does nothing once the package is uninstalled.
 _PTH = """# Written by `megatron-sp-fix enable`; `megatron-sp-fix disable` removes it.
 import os, sys; p = {!r}; os.path.isdir(p) and sys.path.insert(0, p)
 """
 
 
-class StartupError(RuntimeError):
-    """A command cannot be started, or an environment not be changed; the message says why."""
-
-
-def folder() -> str:
-    """The folder whose ``sitecustomize.py`` installs the import hook, for ``PYTHONPATH``."""
-    return os.path.join(os.path.dirname(os.path.abspath(__file__)), "bootstrap")
-
-
 def enable() -> str:
-    """Let every Python process of this environment patch megatron-core; returns the file it wrote.
+    """Let every Python process of this environment patch megatron-core.
 
-    Raises:
-        StartupError: the file cannot be written into site-packages.
+    Returns the file that was written into site-packages, or raises what `open` does.
     """
-    file = Path(sysconfig.get_path("purelib"), "megatron_sp_fix.pth")
-    try:
-        file.write_text(_PTH.format(folder()), encoding="utf-8")
-    except OSError as error:
-        raise StartupError(f"{error}; enable it as the owner of that folder") from error
+    file = Path(sysconfig.get_path("purelib"), _NAME)
+    file.write_text(_PTH.format(FOLDER), encoding="utf-8")
     return str(file)
 
 
 def disable() -> str:
-    """Remove what :func:`enable` wrote; returns the file, or an empty string if there was none.
-
-    Raises:
-        StartupError: the file cannot be removed.
-    """
-    file = Path(sysconfig.get_path("purelib"), "megatron_sp_fix.pth")
-    try:
-        file.unlink()
-    except FileNotFoundError:
-        return ""
-    except OSError as error:
-        raise StartupError(f"{error}; disable it as the owner of that folder") from error
-    return str(file)
+    """Remove the file of :func:`enable`, and return its name, or "" if there was none."""
+    file = Path(sysconfig.get_path("purelib"), _NAME)
+    there = file.exists()
+    file.unlink(missing_ok=True)
+    return str(file) if there else ""

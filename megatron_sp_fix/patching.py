@@ -15,8 +15,6 @@ from typing import Any, NamedTuple, Optional, Union
 
 from .sites import Site, UnsupportedMegatronError, dotted, installed_root, supported, version
 
-__all__ = ["SiteStatus", "Status", "applied", "apply", "apply_to", "remove", "status"]
-
 _lock = threading.RLock()
 _patches: dict[tuple[type, str], "_Patch"] = {}  # by class and name of the method
 _undo: list["_Patch"] = []  # what `applied` blocks, in whatever thread, have replaced
@@ -284,6 +282,5 @@ def _restore(patches: list[_Patch]) -> tuple[str, ...]:
             setattr(patch.cls, patch.method, patch.original)
     for patch in active:
         if patch not in ours:  # only now, since under `-W error` it raises
-            text = f"{patch.name}: a later patch stays; the fix below it is off"
-            warnings.warn(text, stacklevel=3)
+            warnings.warn(f"{patch.name}: a later patch stays; the fix below is off", stacklevel=3)
     return tuple(patch.name for patch in ours)

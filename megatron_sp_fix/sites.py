@@ -12,8 +12,6 @@ from pathlib import Path
 from types import CodeType
 from typing import NamedTuple, Optional
 
-__all__ = ["SITES", "Site", "UnsupportedMegatronError", "installed_root", "supported"]
-
 #: The releases this package is tested with, both included.
 OLDEST, NEWEST = (0, 12), (0, 19)
 
@@ -104,6 +102,7 @@ def installed_root() -> Path:
 
 
 def dotted(release: tuple[int, ...]) -> str:
+    """Write a release as ``"0.19.2"``."""
     return ".".join(map(str, release))
 
 
@@ -121,19 +120,15 @@ def version(root: Path) -> tuple[int, ...]:
     return release
 
 
-@functools.cache
-def _compile(path: Path) -> Optional[CodeType]:
-    try:
-        return compile(path.read_bytes(), str(path), "exec", dont_inherit=True)
-    except FileNotFoundError:
-        return None
-    except (SyntaxError, ValueError) as error:  # ValueError: cannot be decoded
-        raise UnsupportedMegatronError(f"{path} cannot be read by this Python: {error}") from error
-
-
 def _code(root: Path, site: Site) -> Optional[CodeType]:
     """The code object of a site's method, or None if the tree has no such file or method."""
-    code = _compile(root / (site.module.replace(".", "/") + ".py"))
+    path = root / (site.module.replace(".", "/") + ".py")
+    if not path.is_file():
+        return None
+    try:
+        code: Optional[CodeType] = compile(path.read_bytes(), path, "exec", dont_inherit=True)
+    except (SyntaxError, ValueError) as error:  # ValueError: cannot be decoded
+        raise UnsupportedMegatronError(f"{path} cannot be read by this Python: {error}") from error
     for name in (site.cls, site.method):
         inner = [c for c in code.co_consts if isinstance(c, CodeType)] if code else []
         code = next((c for c in inner if c.co_name == name), None)

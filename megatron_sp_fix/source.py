@@ -19,8 +19,6 @@ from typing import Optional, Union
 from .sites import UnsupportedMegatronError, version
 from .upstream_tests import core, messages
 
-__all__ = ["diff", "mail", "signer"]
-
 _Files = dict[str, str]
 
 
@@ -87,9 +85,7 @@ def _read(path: Path) -> str:
     try:
         text = path.read_bytes().decode("utf-8")
         _parse(text)
-    except UnicodeDecodeError as error:
-        raise UnsupportedMegatronError(f"{path} is not UTF-8: {error.reason}") from None
-    except (SyntaxError, ValueError) as error:
+    except (SyntaxError, ValueError) as error:  # ValueError: cannot be decoded
         raise UnsupportedMegatronError(f"{path} is not Python: {error}") from None
     return text
 

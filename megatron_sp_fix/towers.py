@@ -5,8 +5,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
-__all__ = ["NotCoveredError", "Tower", "audit"]
-
 
 class NotCoveredError(RuntimeError):
     """A tower's decoder would not get a shard, or that cannot be told; the message says which."""
@@ -52,8 +50,7 @@ def audit(model: Any, *, strict: bool = False) -> tuple[Tower, ...]:
         for name, module in _modules(model, "")
         if isinstance(module, LanguageModule) and hasattr(module, "decoder")
     }
-    missed = [t for t in found.values() if not t.covered]
-    if strict and missed:
+    if strict and (missed := [tower for tower in found.values() if not tower.covered]):
         lines = [f"{t.name or 'the model'} ({t.cls}): {t.verdict}: {t.reason}" for t in missed]
         raise NotCoveredError("; ".join(lines))
     return tuple(found.values())

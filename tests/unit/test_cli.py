@@ -72,7 +72,7 @@ def test_status_check(capsys, monkeypatch, hooked):
 
     def check(state):
         rows = (row._replace(state=state),)
-        monkeypatch.setattr(cli, "status", lambda: found._replace(sites=rows))
+        monkeypatch.setattr(cli, "status", lambda root: found._replace(sites=rows))
         return run(capsys, "status", "--check")
 
     for state in ("not imported", "patched", "this fix"):
@@ -96,7 +96,7 @@ def test_status_of_another_tree(capsys, tmp_path, monkeypatch, hooked):
     (tmp_path / "megatron").symlink_to(root / "megatron")
     monkeypatch.setattr(sites, "NEWEST", (0, 11))
     code, out, _ = run(capsys, "status", "--root", str(tmp_path))
-    assert code == 0 and "is newer than 0.11" in out.splitlines()[1]
+    assert code == 0 and "is newer than 0.11" in out.splitlines()[0]
     sites.supported.cache_clear()
     monkeypatch.setattr(sites, "OLDEST", (99, 0))
     code, out, error = run(capsys, "status", "--root", str(tmp_path))

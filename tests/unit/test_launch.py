@@ -5,8 +5,7 @@ import subprocess
 
 import pytest
 
-import megatron_sp_fix
-from megatron_sp_fix import launch
+from megatron_sp_fix import cli, launch
 
 SCRIPT = """
 import os, sys
@@ -87,7 +86,7 @@ def test_every_python_below_has_the_hook_and_little_else(environment):
     found = "True []\n"
     assert fix(environment, "run", *command) == (0, f"{environment.python}\n{found}", "")
     path = fix(environment, "run", "--path")[1].strip()
-    assert path == launch.folder()
+    assert path == launch.FOLDER
     assert python(environment, *inner[1:], PYTHONPATH=path)[1] == found
     # Once only, though two of them are on the path.
     assert fix(environment, "run", *command, PYTHONPATH=path)[1].endswith(found)
@@ -115,21 +114,21 @@ def test_a_sitecustomize_that_is_there_runs_too(environment):
 
 def test_a_python_without_the_package_says_so_and_goes_on(environment, packages):
     (packages / "_paths.pth").unlink()
-    code, out, error = python(environment, "-c", "print(1)", PYTHONPATH=launch.folder())
+    code, out, error = python(environment, "-c", "print(1)", PYTHONPATH=launch.FOLDER)
     assert (code, out, error.count("\n")) == (0, "1\n", 1)
     assert error.startswith(f"megatron-sp-fix: off: {environment.python} has no megatron_sp_fix")
 
 
 def test_errors_of_run(environment):
-    for command, expected in ((["no-such-program"], 1), ([], 2), (["--frobnicate", "x"], 2)):
+    for command, expected in ((["no-such-program"], 2), ([], 2), (["--frobnicate", "x"], 2)):
         code, out, error = fix(environment, "run", *command)
         assert (code, out, error.count("\n")) == (expected, "", 1), error
     code, _, error = python(environment, "-E", "-m", "megatron_sp_fix", "run", "script.py")
-    assert code == 1 and "without -I, -E and -S" in error
+    assert code == 2 and "without -I, -E and -S" in error
 
 
 def test_enable_and_disable(environment, packages):
-    file = packages / "megatron_sp_fix.pth"
+    file = packages / "megatron_sp_fix_enabled.pth"
     for _ in range(2):
         code, out, error = fix(environment, "enable")
         assert (code, error) == (0, "") and out.startswith(f"wrote {file};")
@@ -137,7 +136,7 @@ def test_enable_and_disable(environment, packages):
     assert python(environment, "-c", STATE)[1] == "True []\n"
     assert python(environment, "-I", "-c", STATE)[1] == "True []\n"
     before = python(environment, "-c", "import sys; print(sys.path)", MEGATRON_SP_FIX="0")
-    assert launch.folder() not in before[1]
+    assert launch.FOLDER not in before[1]
     assert fix(environment, "disable")[:2] == (0, f"removed {file}\n") and not file.exists()
     assert fix(environment, "disable")[:2] == (0, "nothing to remove: it was not enabled\n")
     assert python(environment, "-c", STATE)[1] == "False []\n"
@@ -148,14 +147,16 @@ def test_enable_where_nothing_will_be_patched(environment):
     assert code == 1 and "import hook: none" in out and "would run unpatched" in error
 
 
-def test_a_folder_that_cannot_be_written(monkeypatch):
-    monkeypatch.setattr("sysconfig.get_path", lambda name: "/proc")
-    with pytest.raises(megatron_sp_fix.StartupError, match="enable it as the owner"):
-        megatron_sp_fix.enable()
+@pytest.mark.parametrize("command", ["enable", "disable"])
+def test_a_folder_that_is_not_there_or_not_yours(monkeypatch, capsys, command):
+    monkeypatch.setattr("sysconfig.get_path", lambda name: "/dev/null")
+    assert cli.main([command]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "/dev/null/megatron_sp_fix" in error and "yours" in error
 
 
 def test_silent_once_the_package_is_gone(environment, packages, monkeypatch):
     monkeypatch.setattr("sysconfig.get_path", lambda name: str(packages))
-    monkeypatch.setattr(launch, "folder", lambda: "/nowhere/it's/gone")
+    monkeypatch.setattr(launch, "FOLDER", "/nowhere/it's/gone")
     launch.enable()
     assert python(environment, "-c", STATE) == (0, "False []\n", "")

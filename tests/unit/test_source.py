@@ -199,7 +199,7 @@ def test_a_half_patched_tree_is_completed(tree):
         (MTP, "decoder_input = embedding(", "x = embedding(", r"_get_embeddings: looked for one"),
         (GPT, "class GPTModel(", "class GPT(", r"there is no .*gpt_model\.py: GPTModel"),
         (GPT, "class GPTModel(", "class GPTModel((", r"gpt_model\.py is not Python"),
-        (GPT, "class GPTModel(", "class Ä(", r"gpt_model\.py is not UTF-8"),
+        (GPT, "class GPTModel(", "class Ä(", r"gpt_model\.py is not Python: 'utf-8'"),
         (core.EMBEDDING, "if not self.reduce_", "if not self.reduce", r"LanguageModelEmb.*forward"),
         (VERSION, "MINOR = 1", "MINOR = 0", r"is too old: 0\.12"),
     ],
