@@ -12,6 +12,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,9 @@ class Ranks:
         self._folder = tempfile.TemporaryDirectory(prefix="megatron-sp-fix-")
         # Ctrl-C is for this process, which then ends the others: they inherit that it is ignored.
         handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        if self._context.get_start_method() == "forkserver":
+            forkserver.ensure_running()
+            signal.signal(signal.SIGINT, handler)  # for the seconds in which it imports torch
         for rank in range(self._size):
             pipe, theirs = self._context.Pipe()
             arguments = (theirs, self._folder.name, rank, self._size, self._layout)
@@ -150,6 +154,8 @@ class Ranks:
 def _serve(pipe: Connection, folder: str, rank: int, size: int, layout: dict[str, Any]) -> None:
     """Be a rank, and answer the calls that come through the pipe, until it closes."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: even if stuck, end with the pool
+    if not os.path.isdir(folder):  # Ctrl-C came while the pool started its ranks
+        return
     # Its handler is C and answers at once; one in Python would wait for a collective to return.
     faulthandler.register(signal.SIGUSR1, file=open(f"{folder}/stacks{rank}", "w"))  # noqa: SIM115
     for variable in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):  # of a job that this is no part of

@@ -100,6 +100,36 @@ if __name__ == "__main__":
 """
 
 
+EARLY = """
+import signal
+import torch.distributed
+from megatron_sp_fix.demo.ranks import Ranks
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    with Ranks(2, tp=2) as ranks:
+        print("starts", flush=True)
+        print(ranks.run(torch.distributed.get_rank), flush=True)
+"""
+
+
+def test_ctrl_c_while_the_ranks_start(tmp_path):
+    (tmp_path / "pool.py").write_text(EARLY)
+    with subprocess.Popen(
+        [sys.executable, tmp_path / "pool.py"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+        start_new_session=True,
+    ) as pool:
+        assert pool.stdout.readline() == "starts\n"
+        time.sleep(1.5)  # torch is being imported, which takes longer
+        os.killpg(pool.pid, signal.SIGINT)
+        out, error = pool.communicate(timeout=120)
+    assert out == "" and error.count("Traceback") == error.count("KeyboardInterrupt") == 1, error
+
+
 @pytest.mark.parametrize("by", [signal.SIGKILL, signal.SIGINT])
 def test_no_rank_outlives_the_pool(tmp_path, by):
     (tmp_path / "pool.py").write_text(LEFT_BEHIND)
