@@ -67,12 +67,12 @@ def _run(args: argparse.Namespace) -> None:
     if command[0] == "-m" or command[0].endswith(".py"):  # by this Python, with the same options
         if sys.flags.ignore_environment or sys.flags.no_site:
             raise ValueError("run needs PYTHONPATH and site: start python without -I, -E and -S")
-        options = sys.orig_argv[1 : -len(sys.argv)]  # and "-m", of `python -m megatron_sp_fix`
+        options = sys.orig_argv[1 : -len(sys.argv)]  # "-m" is of `python -m megatron_sp_fix run`
         command = [sys.executable, *(options[:-1] if options[-1:] == ["-m"] else options), *command]
     paths = filter(None, [launch.FOLDER, os.environ.get("PYTHONPATH")])
     names = filter(None, [os.environ.get("MEGATRON_SP_FIX_ALSO"), *args.also])
     changes = {"PYTHONPATH": os.pathsep.join(paths), "MEGATRON_SP_FIX_ALSO": ",".join(names)}
-    for ignored in (signal.SIGPIPE, signal.SIGXFSZ):  # by Python; the command would inherit that
+    for ignored in (signal.SIGPIPE, signal.SIGXFSZ):  # by Python, and so by what it becomes
         signal.signal(ignored, signal.SIG_DFL)
     try:
         os.execvpe(command[0], command, {**os.environ, **changes})
@@ -108,9 +108,10 @@ def _status(args: argparse.Namespace) -> None:
             print(f"  {row.name:50} by itself: {row.native:11}  now: {row.state}{by}")
     right = ("patched", "this fix", "not imported") if hooked else ("patched", "this fix")
     wrong = ", ".join(row.name for row in found.sites if row.state not in right)
+    what = args.root or "a process like this one"
     remedy = "start it under `megatron-sp-fix run`, `enable` the fix, or patch the source by `diff`"
     if args.check and wrong:
-        raise NotCoveredError(f"a process like this one would run unpatched: {wrong}; {remedy}")
+        raise NotCoveredError(f"{what} would run unpatched: {wrong}; {remedy}")
 
 
 def _demo(args: argparse.Namespace) -> int:
@@ -130,7 +131,8 @@ def _audit(args: argparse.Namespace) -> int:
     try:
         found = audit(getattr(importlib.import_module(module), name)())
     except Exception as error:
-        ours = os.path.dirname(__file__), os.path.dirname(importlib.__file__), "<frozen importlib"
+        folders = [os.path.dirname(file) + os.sep for file in (__file__, importlib.__file__)]
+        ours = (*folders, "<frozen importlib")
         frames = traceback.extract_tb(error.__traceback__)
         theirs = [f"{f.filename}:{f.lineno}: " for f in frames if not f.filename.startswith(ours)]
         text = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -154,7 +156,7 @@ def _diff(args: argparse.Namespace) -> None:
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
-    "command": {"nargs": argparse.REMAINDER, "help": "or SCRIPT.py, which this Python runs"},
+    "command": {"nargs": argparse.REMAINDER, "help": "with its arguments; this Python runs *.py"},
     "-m": {"nargs": argparse.REMAINDER, "help": "a module and its arguments for this Python"},
     "--also": {"action": "append", "default": [], "help": "MODULE:CLASS[.METHOD] of yours, too"},
     "--path": {"action": "store_true", "help": "print the folder to put on PYTHONPATH"},

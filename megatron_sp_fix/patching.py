@@ -25,10 +25,10 @@ _removed = False  # whether modules that are imported from now on stay as they a
 class _Patch:
     """A replaced method: the very object that stood in the class, and what stands there now.
 
-    Once removed it is not active and only passes calls on: a later patch may still make some.
+    Once removed it only passes calls on, since somebody's later patch may still call it.
     """
 
-    fix: Any = None  # embedding.py; the hook runs while megatron-core is too young to import it
+    fix: Any = None  # embedding.py, imported late: when the hook runs, megatron-core is half there
 
     def __init__(self, cls: type, site: Site) -> None:
         self.cls, self.method, self.active = cls, site.method, True
@@ -50,7 +50,7 @@ class _Patch:
                     method = partial(call, owner, *args, **kwargs)
                     context = given.get("inference_context") or given.get("inference_params")
                     return fix.sharding(owner, method, context, site.native)
-            elif {"embedding", "hidden_states"} <= given.keys():
+            elif given.get("embedding") is not None and given.get("hidden_states") is not None:
                 mine = fix.sharding_rows(owner, given["embedding"], given["hidden_states"])
                 if "embedding" in kwargs:
                     kwargs["embedding"] = mine
@@ -74,7 +74,7 @@ def _call(method: Any, owner: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 class SiteStatus(NamedTuple):
-    """What one call site, ``Class.method``, does in this process.
+    """What one call site, ``Class.method``, does in this process; of another tree, `native` twice.
 
     `native` is as of ``sites.Site``. `state` is ``"patched"`` if a call reaches this package,
     ``"this fix"`` (in its source), ``"not patched"``, ``"not imported"``, or ``"cannot tell"`` if a
@@ -100,25 +100,24 @@ def apply(*, also: Iterable[Union[type, str]] = ()) -> tuple[str, ...]:
     """Make every standalone forward of a language tower run on shards under sequence parallelism.
 
     Replaces ``GPTModel._preprocess``, its siblings in ``MambaModel``, ``HybridModel`` and MTP and,
-    if it is loaded, those of ModelOpt's EAGLE-3. Works before or after models are built, and does
-    nothing to a method that is patched in its source. Every rank must call it.
+    if it is loaded, those of ModelOpt's EAGLE-3, and returns what it replaced. Works before or
+    after models are built, and leaves a method patched in its source. Every rank must call it.
 
     Args:
-        also: classes with a ``_preprocess`` or ``forward`` of their own that embeds, or strings
-            ``"module:Class"`` and ``"module:Class.method"``. A method with a parameter
-            ``decoder_input`` is acted on when that is None, one without it always.
-
-    Returns:
-        tuple[str, ...]: the methods replaced by this call, as ``module.Class.method``.
+        also: classes with a ``_preprocess`` or ``forward`` of their own that calls
+            ``self.embedding``, or strings ``"module:Class"`` and ``"module:Class.method"``. A
+            method with a parameter ``decoder_input`` is acted on when that is None, else always.
 
     Raises:
         UnsupportedMegatronError: megatron-core is missing, too old or not recognized, or what
             `also` names is not there. Nothing has been replaced then.
     """
+    global _removed
     found, remark = supported(installed_root())
     if remark:
         warnings.warn(remark, stacklevel=2)
     patches = _apply(found, also)
+    _removed = False
     _undo.clear()  # it stays, whatever `applied` blocks are open
     return tuple(patch.name for patch in patches)
 
@@ -130,7 +129,6 @@ def apply_to(module: str, also: Iterable[str] = ()) -> tuple[str, ...]:
 
 
 def _apply(rows: Iterable[Site], also: Iterable[Union[type, str]], only: str = "") -> list[_Patch]:
-    global _removed
     targets = []
     for row in rows:
         try:
@@ -153,15 +151,13 @@ def _apply(rows: Iterable[Site], also: Iterable[Union[type, str]], only: str = "
             patch.active = True  # again, if it was removed: somebody may still hold a bound method
             setattr(*key, patch.replacement)
             replaced.append(patch)
-        _removed = False
     return replaced
 
 
 def remove() -> tuple[str, ...]:
     """Put back the very methods that were replaced, and return their names.
 
-    A method that somebody else has patched since stays as they left it, with this fix switched off
-    underneath; a warning names it.
+    Where somebody has patched one since, theirs stays, with this fix off below; a warning names it.
     """
     global _removed
     _removed = True
@@ -255,7 +251,8 @@ def _also(name: Union[type, str]) -> tuple[type, Site]:
             raise UnsupportedMegatronError(f"also: {module} cannot be imported: {error}") from error
     for method in methods:
         if method in vars(name):
-            names = tuple(inspect.signature(getattr(name, method)).parameters)[1:]
+            parameters = inspect.signature(getattr(name, method)).parameters.values()
+            names = tuple(p.name for p in parameters if p.kind < p.VAR_POSITIONAL)[1:]
             row = Site("also", name.__module__, name.__qualname__, method, parameters=names)
             return name, row
     raise UnsupportedMegatronError(

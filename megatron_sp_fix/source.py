@@ -19,8 +19,6 @@ from typing import Optional, Union
 from .sites import UnsupportedMegatronError, version
 from .upstream_tests import core, messages
 
-_Files = dict[str, str]
-
 
 def diff(root: Path) -> str:
     """Make the patch of a tree: a unified diff relative to `root`, empty if it has the fix already.
@@ -63,7 +61,7 @@ def signer(root: Path) -> str:
     return done.stdout.rsplit(" ", 2)[0]  # without the time and its zone
 
 
-def _series(root: Path) -> list[_Files]:
+def _series(root: Path) -> list[dict[str, str]]:
     """The files as they are, and after each of the patches."""
     version(root)  # raises if it is too old
     files = {path: _read(root / path) for path in core.PATHS if (root / path).is_file()}
@@ -104,7 +102,7 @@ def _tests(part: str) -> tuple[core.Import, core.Change]:
     return core.Import(f"{core.EMBEDDING_TESTS}:", imports, "present"), added
 
 
-def _apply(root: Path, files: _Files, change: Union[core.Change, core.Import]) -> None:
+def _apply(root: Path, files: dict[str, str], change: Union[core.Change, core.Import]) -> None:
     """Make a change in the first of its places that there is."""
     for place in change.places.split(" or "):
         path, _, name = place.partition(":")
@@ -217,7 +215,7 @@ def _imports(text: str) -> list[ast.ImportFrom]:
     return [node for node in _parse(text).body if isinstance(node, ast.ImportFrom)]
 
 
-def _unified(before: _Files, after: _Files) -> str:
+def _unified(before: dict[str, str], after: dict[str, str]) -> str:
     """The difference as git shows it."""
     text = ""
     for path in sorted(after):

@@ -126,7 +126,7 @@ def _rows(tower: Any, part: str, rows: int, length: int) -> int:
     positions = ids.expand(3, 1, length) if mrope else ids
     inputs: dict[str, Any] = {"input_ids": ids, "position_ids": positions, "attention_mask": None}
     # Hooks of these packages gather parameters; other people's may hand in a decoder_input.
-    homes = {hook.__module__.split(".")[0] for hook in tower._forward_pre_hooks.values()}
+    homes = {str(hook.__module__).split(".")[0] for hook in tower._forward_pre_hooks.values()}
     run, ends = tower.forward if homes <= {"megatron", "torch"} else tower, [tower.decoder]
     if part == "MTP":
         # Each of its layers begins with a norm of what it has embedded.

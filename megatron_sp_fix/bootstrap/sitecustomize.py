@@ -17,6 +17,6 @@ elif spec.name not in sys.modules and os.environ.get("MEGATRON_SP_FIX") != "0":
     hook = sys.modules[spec.name] = util.module_from_spec(spec)
     spec.loader.exec_module(hook)
     hook.install()
-# The one that runs where this folder is not on the path. Python expects that there may be none.
+# Then the environment's own. If there is none, `site`, which imports this one, expects the error.
 del sys.modules["sitecustomize"]
 import_module("sitecustomize")
