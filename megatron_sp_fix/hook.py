@@ -50,15 +50,16 @@ class Finder:
         finally:
             self.names.add(name)
         if spec and (loader := spec.loader):  # what is set on it stands before its class's method
-            vars(loader)["exec_module"] = lambda module: self.run(loader, module)
+            execute = loader.exec_module
+            vars(loader)["exec_module"] = lambda module: self.run(loader, execute, module)
         return spec
 
-    def run(self, loader: Any, module: Any) -> None:
+    def run(self, loader: Any, execute: Any, module: Any) -> None:
         """Run a module, and patch it; a failure leaves all of megatron-core as it was."""
         vars(loader).pop("exec_module", None)
         self.running += 1
         try:
-            loader.exec_module(module)
+            execute(module)
         finally:
             self.running -= 1
         from megatron_sp_fix import patching

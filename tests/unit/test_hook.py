@@ -12,6 +12,7 @@ import os
 import sys
 import threading
 import traceback
+import types
 
 import pytest
 
@@ -133,6 +134,12 @@ def test_also(own):
     assert status == 1 and "Model has no missing" in text
 
 
+@pytest.mark.parametrize("name", ["somebodys.models.Model", "__main__:Model"])
+def test_also_what_no_import_reaches(name):
+    status, text = child(load, MEGATRON_SP_FIX_ALSO=name)
+    assert status == 1 and f"also: {name} is not MODULE:CLASS" in text
+
+
 def too_new():
     sites.supported.cache_clear()
     sites.OLDEST = (99, 0)
@@ -214,6 +221,30 @@ def test_finders_that_ask_all_others(place):
     assert child(function)[0] == 0
 
 
+class Wrapping:
+    """Wraps the loader that others find, and lends it no attribute, as some coverage tools do."""
+
+    def find_spec(self, name, path=None, target=None):
+        spec = Asking.find_spec(self, name, path, target)
+        if spec and name == GPT:
+            spec.loader = OfWrapping(spec.loader)
+        return spec
+
+
+class OfWrapping:
+    def __init__(self, loader):
+        self.create_module, self.exec_module = loader.create_module, loader.exec_module
+
+
+def test_a_finder_in_front_that_wraps_the_loader():
+    def function():
+        sys.meta_path.insert(0, Wrapping())
+        assert isinstance(load().__loader__, OfWrapping)
+        assert states()["GPTModel"] == "patched"
+
+    assert child(function)[0] == 0
+
+
 def hide(name):
     sys.meta_path.insert(0, Hiding())
     Hiding.name = name
@@ -243,7 +274,19 @@ def test_removed_before_it_is_imported():
     def function():
         megatron_sp_fix.remove()
         load()
-        assert states()["GPTModel"] == "not patched"
+        with megatron_sp_fix.applied():
+            assert states()["GPTModel"] == "patched"
+        load(MTP)
+        assert {*states().values()} == {"not patched"}
+
+    assert child(function) == (0, "")
+
+
+def test_stubs_of_a_jobs_own_tests():
+    def function():
+        for name in ("megatron", "megatron.core", GPT):
+            sys.modules[name] = types.ModuleType(name)
+            del sys.modules[name].__spec__
 
     assert child(function) == (0, "")
 

@@ -391,6 +391,19 @@ def test_also_names_what_is_missing_and_replaces_nothing(name, message):
     assert objects() == before and Own().forward(None) == "SimpleNamespace"
 
 
+class Varied(Own):
+    """Takes positional arguments that have no names."""
+
+    def forward(self, input_ids, *more, decoder_input=None):
+        return type(self.embedding).__name__
+
+
+def test_also_counts_no_parameter_after_a_star():
+    with megatron_sp_fix.applied(also=[Varied]):
+        assert Varied().forward(None, "some", "more") == "Sharding"
+        assert Varied().forward(None, decoder_input="given") == "SimpleNamespace"
+
+
 def test_also_in_a_block():
     with megatron_sp_fix.applied(also=[Own]):
         assert Own().forward(None) == "Sharding"
