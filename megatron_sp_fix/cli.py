@@ -95,18 +95,17 @@ def _disable(args: argparse.Namespace) -> None:
 def _status(args: argparse.Namespace) -> None:
     """Show what each call site of megatron-core does in a process like this one."""
     found = status(args.root)
-    hooks = [f for f in sys.meta_path if isinstance(f, hook.Finder) and not f.error]
-    hooked = bool(hooks) and not args.root
+    hooks = not args.root and any(isinstance(f, hook.Finder) and not f.error for f in sys.meta_path)
     if args.json:
-        rest = {"hook": hooked, "sites": [row._asdict() for row in found.sites]}
+        rest = {"hook": hooks, "sites": [row._asdict() for row in found.sites]}
         print(json.dumps({**found._asdict(), **rest}, indent=2))
     else:
         print(found.remark or f"megatron-core {found.version} at {found.root}")
-        print("import hook:", "patches each module as it is imported" if hooked else "none")
+        print("import hook:", "patches each module as it is imported" if hooks else "none")
         for row in found.sites:
             by = f" (by {row.by})" if row.by else ""
             print(f"  {row.name:50} by itself: {row.native:11}  now: {row.state}{by}")
-    right = ("patched", "this fix", "not imported") if hooked else ("patched", "this fix")
+    right = ("patched", "this fix", "not imported") if hooks else ("patched", "this fix")
     wrong = ", ".join(row.name for row in found.sites if row.state not in right)
     what = args.root or "a process like this one"
     remedy = "start it under `megatron-sp-fix run`, `enable` the fix, or patch the source by `diff`"
@@ -122,7 +121,7 @@ def _demo(args: argparse.Namespace) -> int:
 
 
 def _audit(args: argparse.Namespace) -> int:
-    """Apply the fix, build a model, and list its towers: covered or not."""
+    """Apply the fix, build a model (TP 2 or more: under torchrun), and list its towers."""
     module, _, name = args.factory.partition(":")
     if not name:
         raise ValueError(f"{args.factory} is not MODULE:FACTORY")

@@ -37,7 +37,7 @@ class Finder:
             self.error = ValueError(f"MEGATRON_SP_FIX={self.mode} is none of 0, 1 and warn")
         for name in self.also:
             if ":" not in name or name.startswith("__main__:"):  # no import of it will come
-                self.error = ValueError(f"also: {name} is not MODULE:CLASS of a module to import")
+                self.error = ValueError(f"--also {name} is no MODULE:CLASS of a module to import")
 
     def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
         """Find one of the modules, with a loader that patches it."""
@@ -102,6 +102,9 @@ class Finder:
             loaded = [name for name in self.names if getattr(sys.modules.get(name), "__spec__", 0)]
             if loaded and not self.error:  # stubs in a job's own tests have no __spec__
                 self.check()
+            never = [name for name in self.also if name.partition(":")[0] not in sys.modules]
+            if self.patched and never:
+                say(f"--also {', '.join(never)}: not patched, since no such module was imported")
         except RuntimeError as error:
             say(error)
             sys.stdout.flush()

@@ -70,12 +70,10 @@ def _verdict(tower: Any) -> tuple[str, str]:
     from .embedding import needs_shard, tp_group
 
     embedding = getattr(tower, "embedding", None)
-    if embedding is None:
-        return "nothing to shard", "this stage does not embed"
     if getattr(embedding, "scatter_to_sequence_parallel", False):
         return "nothing to shard", "it is a plain LM: its embedding shards by itself"
     if not needs_shard(tower, embedding):
-        return "nothing to shard", "sequence parallelism is off, or TP is 1"
+        return "nothing to shard", "sequence parallelism is off, TP is 1, or this stage does not embed"
     size = tp_group(tower, embedding).size()
     parts = ["its decoder"] if tower.pre_process else []
     parts += ["MTP"] if getattr(tower, "mtp_process", False) else []

@@ -134,10 +134,15 @@ def test_also(own):
     assert status == 1 and "Model has no missing" in text
 
 
+def test_also_a_module_that_is_never_imported():
+    status, text = child(load, MEGATRON_SP_FIX_ALSO="somebodies:Model")
+    assert status == 0 and "--also somebodies:Model: not patched" in text.splitlines()[-1]
+
+
 @pytest.mark.parametrize("name", ["somebodys.models.Model", "__main__:Model"])
 def test_also_what_no_import_reaches(name):
     status, text = child(load, MEGATRON_SP_FIX_ALSO=name)
-    assert status == 1 and f"also: {name} is not MODULE:CLASS" in text
+    assert status == 1 and f"--also {name} is no MODULE:CLASS" in text
 
 
 def too_new():
