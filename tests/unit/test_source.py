@@ -207,7 +207,8 @@ def test_a_half_patched_tree_is_completed(tree):
 def test_what_is_not_recognized_gives_one_line_and_no_diff(tree, path, old, new, message):
     text = (tree / path).read_text()
     assert old in text
-    (tree / path).write_bytes(text.replace(old, new).encode("latin-1", "replace"))
+    encoding = "utf-8" if new.isascii() else "latin-1"
+    (tree / path).write_bytes(text.replace(old, new).encode(encoding, "replace"))
     with pytest.raises(UnsupportedMegatronError, match=message) as error:
         source.diff(tree)
     assert str(tree) in str(error.value) and "\n" not in str(error.value)
