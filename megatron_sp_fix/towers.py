@@ -73,7 +73,7 @@ def _verdict(tower: Any) -> tuple[str, str]:
     if getattr(embedding, "scatter_to_sequence_parallel", False):
         return "nothing to shard", "it is a plain LM: its embedding shards by itself"
     if not needs_shard(tower, embedding):
-        return "nothing to shard", "sequence parallelism is off, TP is 1, or this stage does not embed"
+        return "nothing to shard", "sequence parallelism is off, TP is 1, or it does not embed"
     size = tp_group(tower, embedding).size()
     parts = ["its decoder"] if tower.pre_process else []
     parts += ["MTP"] if getattr(tower, "mtp_process", False) else []
