@@ -113,16 +113,22 @@ if __name__ == "__main__":
 """
 
 
-def test_ctrl_c_while_the_ranks_start(tmp_path):
-    (tmp_path / "pool.py").write_text(EARLY)
-    with subprocess.Popen(
-        [sys.executable, tmp_path / "pool.py"],
+def start(folder, code):
+    """Run a script in a session of its own, as a terminal does, which finds this folder's tests."""
+    (folder / "pool.py").write_text(code)
+    path = os.pathsep.join([os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")])
+    return subprocess.Popen(
+        [sys.executable, folder / "pool.py"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=ENVIRONMENT,
+        env={**ENVIRONMENT, "PYTHONPATH": path},
         start_new_session=True,
-    ) as pool:
+    )
+
+
+def test_ctrl_c_while_the_ranks_start(tmp_path):
+    with start(tmp_path, EARLY) as pool:
         assert pool.stdout.readline() == "starts\n"
         time.sleep(1.5)  # torch is being imported, which takes longer
         os.killpg(pool.pid, signal.SIGINT)
@@ -132,16 +138,7 @@ def test_ctrl_c_while_the_ranks_start(tmp_path):
 
 @pytest.mark.parametrize("by", [signal.SIGKILL, signal.SIGINT])
 def test_no_rank_outlives_the_pool(tmp_path, by):
-    (tmp_path / "pool.py").write_text(LEFT_BEHIND)
-    path = os.pathsep.join([os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")])
-    with subprocess.Popen(
-        [sys.executable, tmp_path / "pool.py"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**ENVIRONMENT, "PYTHONPATH": path},
-        start_new_session=True,
-    ) as pool:
+    with start(tmp_path, LEFT_BEHIND) as pool:
         ranks = [psutil.Process(int(pid)) for pid in pool.stdout.readline().split()]
         time.sleep(1)  # one of them is stuck by now
         if by == signal.SIGINT:
