@@ -54,9 +54,12 @@ def fixed(tower: Any) -> Iterator[Any]:
 
 
 def parse(description: str, **defaults: Any) -> argparse.Namespace:
-    """Parse the options; ``defaults`` (of integers) become options of these names."""
+    """Parse the options; ``defaults`` become options of these names: integers, or one of a list."""
     parser = argparse.ArgumentParser(description=description)
     for name, value in defaults.items():
+        if isinstance(value, tuple):  # the first is the default
+            parser.add_argument(f"--{name}", choices=value, default=value[0])
+            continue
         several = isinstance(value, list)
         parser.add_argument(
             f"--{name}", type=int, nargs="+" if several else None, default=value, metavar="N"

@@ -2,8 +2,9 @@
 """A model's input step: from token ids to what the decoder takes, in bf16, one sequence.
 
 The real forward runs, with a decoder that passes on what it is given: a plain LM, a tower with this
-fix, a tower with the release's own fix. Then collectives alone: a reduce-scatter, which no variant
-can beat, or an all-reduce as the forward, and an all-gather as the backward.
+fix, a tower with the release's own fix, a tower with sequence parallelism off. Then collectives
+alone: a reduce-scatter, which no variant can beat, or an all-reduce as the forward, and an
+all-gather as the backward.
 
 Example:
     python benchmarks/embedding.py
@@ -30,28 +31,32 @@ def measure(options: argparse.Namespace) -> list[tuple]:
     """Measure all variants at all lengths: (length, variant, figures)."""
     from megatron_sp_fix.demo import models
 
-    plain, tower = (
-        models.build(
+    def build(scatter: bool, **fields: Any) -> Any:
+        model = models.build(
             "gpt",
             scatter,
             position="none",
             layers=1,
-            config=common.config(options, num_attention_heads=options.ranks, ffn_hidden_size=64),
+            config=common.config(
+                options, num_attention_heads=options.ranks, ffn_hidden_size=64, **fields
+            ),
             model={"vocab_size": options.vocabulary, "post_process": False},
         )
-        for scatter in (True, False)
-    )
-    for model in (plain, tower):
         model.decoder = Pass()
-    tower.load_state_dict(plain.state_dict())
+        return model
+
+    plain, tower, off = build(True), build(False), build(False, sequence_parallel=False)
+    for model in (tower, off):
+        model.load_state_dict(plain.state_dict())
     rows = []
     with common.fixed(tower) as native:
         for length in options.lengths:
             if not options.cpu:
                 torch.cuda.empty_cache()
-            variants = at(length, plain, tower, native, options)
+            variants = at(length, plain, tower, native, off, options)
             with torch.no_grad():
-                expected, *others = (v.forward() for v in variants.values() if v.model)
+                sharding = [v for v in variants.values() if v.model not in (None, off)]
+                expected, *others = (variant.forward() for variant in sharding)
             assert all(torch.equal(expected, shard) for shard in others)
             del expected, others
             figures = common.compare(variants, options)
@@ -59,7 +64,9 @@ def measure(options: argparse.Namespace) -> list[tuple]:
     return rows
 
 
-def at(length: int, plain: Any, tower: Any, native: Any, options: argparse.Namespace) -> dict:
+def at(
+    length: int, plain: Any, tower: Any, native: Any, off: Any, options: argparse.Namespace
+) -> dict:
     """The variants at one length."""
     from megatron.core.parallel_state import get_tensor_model_parallel_group
 
@@ -70,9 +77,15 @@ def at(length: int, plain: Any, tower: Any, native: Any, options: argparse.Names
     shard = torch.ones(length // options.ranks, 1, options.hidden, **like)
 
     def embeds(model: Any) -> common.Variant:
-        return common.Variant(lambda: model(**data), lambda out: out.backward(shard), model)
+        grad = full if model is off else shard
+        return common.Variant(lambda: model(**data), lambda out: out.backward(grad), model)
 
-    models = {"plain LM": plain, "tower, this fix": tower, "tower, native fix": native}
+    models = {
+        "plain LM": plain,
+        "tower, this fix": tower,
+        "tower, native fix": native,
+        "tower, SP off": off,
+    }
     variants = {name: embeds(model) for name, model in models.items() if model}
     group = get_tensor_model_parallel_group()
     summed, gathered = torch.empty_like(shard), torch.empty_like(full)
