@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Draw what embedding.py and step.py measured: each JSON becomes docs/ITS_NAME.png.
 
+With ``--growth``, input steps at several TP sizes become one picture, docs/growth.png.
+
 Example:
     python benchmarks/plots.py benchmarks/results/{embedding,step}-gpus.json
+    python benchmarks/plots.py --growth benchmarks/results/embedding-gpus-{long,tp4}.json
 """
 
 import argparse
@@ -77,11 +80,48 @@ def draw(source: Path, out: Path) -> None:
     plt.close(figure)
 
 
+def grow(sources: list[Path], out: Path) -> None:
+    """Draw bytes kept and the forward's milliseconds against TP, at the longest length of all."""
+    data = {
+        file["machine"]["ranks"]: file for file in map(json.loads, map(Path.read_text, sources))
+    }
+    length = min(max(row["length"] for row in file["results"]) for file in data.values())
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.7), layout="constrained")
+    for name, style in STYLES.items():
+        ranks = [
+            next(
+                r["ranks"]
+                for r in data[tp]["results"]
+                if (r["variant"], r["length"]) == (name, length)
+            )
+            for tp in sorted(data)
+        ]
+        kept = [max(mine["kept_bytes"] or 0 for mine in of) / 2**20 for of in ranks]
+        times = [max(mine["forward_ms"]["median"] for mine in of) for of in ranks]
+        axes[1].plot(sorted(data), times, **{"label": name, **style})
+        if all(kept):
+            axes[0].plot(sorted(data), kept, **style)
+    axes[0].set_ylabel(f"MiB kept, {length:,} tokens")
+    axes[1].set_ylabel(f"ms forward, {length:,} tokens")
+    for axis in axes:
+        axis.set(xlabel="tensor parallel size", ylim=(0, None), xticks=sorted(data))
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    handles, labels = axes[1].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
+    figure.savefig(out, dpi=100, pil_kwargs={"optimize": True})
+    plt.close(figure)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("sources", type=Path, nargs="+", help="JSON files")
     docs = Path(__file__).parent.parent / "docs"
     parser.add_argument("--into", type=Path, default=docs, help="folder")
+    parser.add_argument("--growth", action="store_true", help="one picture of several TP sizes")
     options = parser.parse_args()
-    for source in options.sources:
-        draw(source, options.into / f"{source.stem}.png")
+    if options.growth:
+        grow(options.sources, options.into / "growth.png")
+    else:
+        for source in options.sources:
+            draw(source, options.into / f"{source.stem}.png")
