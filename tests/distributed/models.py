@@ -130,7 +130,7 @@ def build(
 
 def pair(kind, **options):
     """Build a plain LM and a tower with the same weights; options as those of :func:`build`."""
-    torch.manual_seed(1)
+    seeded(1)
     plain, tower = (build(kind, scatter, **options) for scatter in (True, False))
     tower.load_state_dict(plain.state_dict())
     return plain, tower

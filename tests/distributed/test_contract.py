@@ -138,8 +138,8 @@ def skip_unbuildable(kind, position):
         pytest.skip("this release needs Transformer Engine for it")
     if position == "yarn" and RELEASE < (0, 15):
         pytest.skip("GPTModel has no yarn positions before 0.15")
-    if (kind, position, RELEASE) == ("hybrid", "rope", (0, 13)):
-        pytest.skip("MambaModel 0.13 fails with rope, plain LMs too")
+    if (kind, position) == ("hybrid", "rope") and RELEASE < (0, 14):
+        pytest.skip("MambaModel fails with rope up to 0.13, plain LMs too")
 
 
 @pytest.mark.parametrize("tp", TP)
@@ -1055,6 +1055,8 @@ COMPILED = {
         wraps_embedding,
     )
 }
+#: Those in which torch.compile, on a GPU, comes to the code that sets the device's random state.
+WAITS = ("compiles_forward", "compiles_module", "wraps_embedding")
 
 
 @contextlib.contextmanager
@@ -1076,6 +1078,8 @@ def traceable():
 def test_rule_9_torch_compile(how):
     if common.SOURCE and RELEASE == (0, 13) and how == "compiles_fullgraph":
         pytest.skip("a model of 0.13 has no group to pass, of which megatron-core warns")
+    if torch.distributed.get_backend() == "nccl" and how in WAITS:
+        pytest.skip("it waits for a lock that megatron-core's random state holds, in plain LMs too")
     plain, tower = models.pair("gpt", layers=1, position="none")
     common.keep_input_step(plain, tower)
     data = models.batch(LENGTH)
