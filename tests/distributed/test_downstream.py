@@ -64,8 +64,9 @@ bridge = pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MI
 modelopt = pytest.mark.skipif(bool(_missing("modelopt")), reason="needs the extra `distill`")
 pytestmark = pytest.mark.downstream
 
-#: Packages of megatron-bridge that get an empty `__init__` where Transformer Engine is missing.
-#: Theirs import every family's checkpoint converters, adapters and trainers, which need it.
+#: Packages of megatron-bridge that get an empty `__init__` where one of NEEDS is missing. Theirs
+#: import every family's checkpoint converters, adapters and trainers, which need them.
+NEEDS = ("transformer_engine", "megatron.training", "omegaconf")
 BARE = (
     "megatron.bridge",
     "megatron.bridge.models",
@@ -90,7 +91,7 @@ BARE = (
 
 def load(name):
     """Import ``module:attribute`` of megatron-bridge's models, on a rank."""
-    if _missing("transformer_engine"):
+    if _missing(*NEEDS):
         for package in BARE:
             if package not in sys.modules:
                 bare = types.ModuleType(package)
@@ -102,8 +103,8 @@ def load(name):
     return getattr(importlib.import_module(f"megatron.bridge.models.{module}"), attribute)
 
 
-def batch(model):
-    data = models.batch(LENGTH)
+def batch(model, data=None):
+    data = data or models.batch(LENGTH)
     if model.position_embedding_type == "mrope":
         data["position_ids"] = data["position_ids"].expand(3, -1, -1).contiguous()
     return data
@@ -133,6 +134,17 @@ EXAONE = "exaone.exaone45.modelling_exaone45.text_model:Exaone45GPTModel"
 STEP = "stepfun.modelling_step37.text_model:Step37GPTModel"
 
 
+def plain_step(model, data, **more):
+    """One step of a plain LM of any of these classes."""
+    if type(model).__name__ != "Qwen3VLGPTModel" or not model.mtp_process:
+        return models.step(model, data, **more)
+    # In front of MTP this forward shards whatever its embedding returns: right for a tower, once
+    # too often for a plain LM, whose embedding has returned a shard.
+    once = types.SimpleNamespace(scatter_to_sequence_parallel_region=lambda shard, group: shard)
+    with mock.patch.object(sys.modules[type(model).__module__], "tensor_parallel", once):
+        return models.step(model, data, **more)
+
+
 @bridge
 @pytest.mark.parametrize(
     ("name", "kind", "position"),
@@ -155,16 +167,7 @@ def test_text_model(name, kind, position):
         plain, tower = models.pair(kind, position=position)
     assert type(tower) is cls
 
-    def step(model, data):
-        if kind != "mtp" or name != QWEN3_VL:
-            return models.step(model, data)
-        # In front of MTP this forward shards whatever its embedding returns: right for a tower,
-        # once too often for a plain LM, whose embedding has returned a shard.
-        once = types.SimpleNamespace(scatter_to_sequence_parallel_region=lambda shard, group: shard)
-        with mock.patch.object(sys.modules[cls.__module__], "tensor_parallel", once):
-            return models.step(model, data)
-
-    expected = compare(plain, tower, step)
+    expected = compare(plain, tower, plain_step)
     outputs = [name for name in expected if name.startswith("logits")] + ["loss"]
     assert len(outputs) == (4 if kind == "mtp" else 2)
     # As the outer model calls it; where there is MTP, it still embeds for that.
@@ -224,9 +227,9 @@ MLA = {
 }
 
 
-def settings(cls, **more):
+def settings(cls, small=SMALL, **more):
     """A provider, small, on this rank's groups; fields that it lacks are left out."""
-    fields = {**SMALL, "tensor_model_parallel_size": common.tp_size(), **more}
+    fields = {**small, "tensor_model_parallel_size": common.tp_size(), **more}
     fields["use_cpu_initialization"] = torch.distributed.get_backend() == "gloo"
     known = {field.name: field for field in dataclasses.fields(cls)}
     fields = {name: value for name, value in fields.items() if name in known}
@@ -338,19 +341,14 @@ NEMOTRON = {
 }
 
 
-@bridge
-@pytest.mark.skipif(not models.has("hybrid"), reason="this release needs Transformer Engine")
-@pytest.mark.parametrize("family", NEMOTRON)
-@pytest.mark.on_ranks(tp=2)
-def test_nemotron(family):
-    name, fields = NEMOTRON[family]
+def nemotron(family, stack, pattern, **fields):
+    """A plain LM, and LLaVAModel around a tower with the same weights, without its encoder."""
     from megatron.core.models.hybrid.hybrid_model import HybridModel
     from megatron.core.models.multimodal.llava_model import LLaVAModel
 
-    pattern = "**"
-    stack = models.hybrid(models.local(get_gpt_layer_local_spec(), models.Attention))[1]
-    config = settings(load(name), hybrid_layer_pattern=pattern, **fields)
-    torch.manual_seed(1)
+    name, more = NEMOTRON[family]
+    config = settings(load(name), hybrid_layer_pattern=pattern, **more, **fields)
+    models.seeded(1)
     plain = HybridModel(
         config,
         hybrid_stack_spec=stack,
@@ -378,9 +376,18 @@ def test_nemotron(family):
         pixel_shuffle=True,
     )
     plain.to(torch.cuda.current_device())
-    tower = outer.to(torch.cuda.current_device()).language_model
-    tower.load_state_dict(plain.state_dict())
-    compare(plain, tower)
+    outer.to(torch.cuda.current_device()).language_model.load_state_dict(plain.state_dict())
+    return plain, outer
+
+
+@bridge
+@pytest.mark.skipif(not models.has("hybrid"), reason="this release needs Transformer Engine")
+@pytest.mark.parametrize("family", NEMOTRON)
+@pytest.mark.on_ranks(tp=2)
+def test_nemotron(family):
+    stack = models.hybrid(models.local(get_gpt_layer_local_spec(), models.Attention))[1]
+    plain, outer = nemotron(family, stack, "**")
+    compare(plain, outer.language_model)
     with fix():
         assert [found.name for found in audit(outer, strict=True)] == ["language_model"]
 
