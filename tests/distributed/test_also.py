@@ -220,9 +220,8 @@ def local_layers(plugin):
         yield
 
 
-def eagle(model, plugin):
-    """Convert a model: an EAGLE-3 draft of one layer, trained with the base model."""
-    import modelopt.torch.speculative as speculative
+def eagle_mode(model):
+    """ModelOpt's mode: an EAGLE-3 draft of one layer, trained with the base model."""
     from modelopt.torch.speculative.eagle.default_config import default_eagle_config
 
     config = model.config
@@ -234,8 +233,8 @@ def eagle(model, plugin):
         "intermediate_size": config.ffn_hidden_size,
         "ffn_hidden_size": config.ffn_hidden_size,
         "num_hidden_layers": 1,
-        "vocab_size": models.VOCAB,
-        "draft_vocab_size": models.VOCAB,
+        "vocab_size": model.vocab_size,
+        "draft_vocab_size": model.vocab_size,
         "max_position_embeddings": 128,
         "max_sequence_length": 128,
         "position_embedding_type": "rope",
@@ -244,15 +243,21 @@ def eagle(model, plugin):
         "use_last_layernorm": True,
         "has_lm_head": True,
     }
-    mode = {
+    return {
         "eagle_architecture_config": draft,
         "eagle_freeze_base_model": False,
         "eagle_ttt_steps": 1,
         "eagle_mix_hidden_states": False,
     }
+
+
+def eagle(model, plugin):
+    """Convert a model, with a draft of local layers."""
+    import modelopt.torch.speculative as speculative
+
     torch.manual_seed(1)
     with local_layers(plugin):
-        speculative.convert(model, [("eagle", mode)])
+        speculative.convert(model, [("eagle", eagle_mode(model))])
     model.to(torch.cuda.current_device())
     return model.float()
 
