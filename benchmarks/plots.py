@@ -98,7 +98,7 @@ def grow(sources: list[Path], out: Path) -> None:
         ]
         kept = [max(mine["kept_bytes"] or 0 for mine in of) / 2**20 for of in ranks]
         times = [max(mine["forward_ms"]["median"] for mine in of) for of in ranks]
-        axes[1].plot(sorted(data), times, **{"label": name, **style})
+        axes[1].plot(sorted(data), times, **style | {"label": name})
         if all(kept):
             axes[0].plot(sorted(data), kept, **style)
     axes[0].set_ylabel(f"MiB kept, {length:,} tokens")

@@ -16,12 +16,21 @@ ENGINE = importlib.util.find_spec("transformer_engine") is not None
 needs_engine = pytest.mark.skipif(
     not ENGINE or torch.cuda.device_count() < 2, reason="needs Transformer Engine and two GPUs"
 )
-#: Whether Mamba layers can run. Their backward pass adds up with atomics, which do not repeat their
-#: bits, unless these variables forbid it; the ranks, started later, inherit them.
+#: Whether Mamba layers can run.
 MAMBA = all(map(importlib.util.find_spec, ("mamba_ssm", "causal_conv1d_cuda")))
-os.environ.update(MAMBA_DETERMINISTIC="1", CAUSAL_CONV1D_DETERMINISTIC="1")
+# Some backward passes add up with atomics, which do not repeat their bits, unless these variables
+# forbid it; the ranks, started later, inherit them.
+os.environ.update(
+    NVTE_ALLOW_NONDETERMINISTIC_ALGO="0", MAMBA_DETERMINISTIC="1", CAUSAL_CONV1D_DETERMINISTIC="1"
+)
 #: Sizes that FP8 takes.
 LENGTH, VOCAB = 256, 512
+
+
+def forget_backend():
+    """Undo what the first model of a process chose for attention: megatron-core sets variables."""
+    for name in [name for name in os.environ if name.startswith("NVTE_") and "_ATTN" in name]:
+        del os.environ[name]
 
 
 def build(scatter, kind="gpt", position="rope", model=None, **fields):
@@ -32,8 +41,7 @@ def build(scatter, kind="gpt", position="rope", model=None, **fields):
     """
     pattern = None if kind in ("gpt", "mtp") else kind
     depths = pattern.count("/") if pattern else 2 * (kind == "mtp")
-    for name in [name for name in os.environ if name.startswith("NVTE_") and "_ATTN" in name]:
-        del os.environ[name]  # megatron-core sets them by the first model of a process
+    forget_backend()
     seeded(1)
     tp = parallel_state.get_tensor_model_parallel_world_size()
     config = TransformerConfig(
@@ -42,7 +50,7 @@ def build(scatter, kind="gpt", position="rope", model=None, **fields):
             "hidden_size": 256,
             "ffn_hidden_size": 512,
             "num_attention_heads": 4,
-            "mamba_num_heads": 16,  # of 64, so that the width of each rank is a multiple of 8
+            "mamba_num_heads": 16,  # of 64 each, so that the width of each rank is a multiple of 8
             "hidden_dropout": 0.0,
             "attention_dropout": 0.0,
             "bf16": True,

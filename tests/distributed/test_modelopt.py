@@ -17,7 +17,7 @@ from megatron.core import tensor_parallel
 from megatron_sp_fix.demo import models as demo
 
 pytestmark = [engine.needs_engine, needs("modelopt")]
-#: What was reported.
+#: How a tower's distillation fails without the fix.
 MISMATCH = (
     r"The size of tensor a \(32\) must match the size of tensor b \(16\) "
     "at non-singleton dimension 0"
