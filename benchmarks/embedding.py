@@ -50,10 +50,16 @@ def measure(options: argparse.Namespace) -> list[tuple]:
         model.load_state_dict(plain.state_dict())
     rows = []
     with common.fixed(tower) as native:
+        models_of = {
+            "plain LM": plain,
+            "tower, this fix": tower,
+            "tower, native fix": native,
+            "tower, SP off": off,
+        }
         for length in options.lengths:
             if not options.cpu:
                 torch.cuda.empty_cache()
-            variants = at(length, plain, tower, native, off, options)
+            variants = at(length, models_of, options)
             with torch.no_grad():
                 sharding = [v for v in variants.values() if v.model not in (None, off)]
                 expected, *others = (variant.forward() for variant in sharding)
@@ -64,9 +70,7 @@ def measure(options: argparse.Namespace) -> list[tuple]:
     return rows
 
 
-def at(
-    length: int, plain: Any, tower: Any, native: Any, off: Any, options: argparse.Namespace
-) -> dict:
+def at(length: int, models: dict[str, Any], options: argparse.Namespace) -> dict:
     """The variants at one length."""
     from megatron.core.parallel_state import get_tensor_model_parallel_group
 
@@ -77,15 +81,9 @@ def at(
     shard = torch.ones(length // options.ranks, 1, options.hidden, **like)
 
     def embeds(model: Any) -> common.Variant:
-        grad = full if model is off else shard
+        grad = shard if model.config.sequence_parallel else full
         return common.Variant(lambda: model(**data), lambda out: out.backward(grad), model)
 
-    models = {
-        "plain LM": plain,
-        "tower, this fix": tower,
-        "tower, native fix": native,
-        "tower, SP off": off,
-    }
     variants = {name: embeds(model) for name, model in models.items() if model}
     group = get_tensor_model_parallel_group()
     summed, gathered = torch.empty_like(shard), torch.empty_like(full)

@@ -144,10 +144,12 @@ def pair(kind: str, **options: Any) -> tuple[Any, Any]:
     return plain, tower
 
 
-def batch(length: int = 16, size: int = 2, seed: int = 0) -> dict[str, Tensor]:
+def batch(
+    length: int = 16, size: int = 2, seed: int = 0, vocabulary: int = VOCAB
+) -> dict[str, Tensor]:
     """Make random ``input_ids``, ``position_ids`` and ``labels``, int64 ``[size, length]``."""
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(VOCAB, (size, length + 1), generator=generator)
+    ids = torch.randint(vocabulary, (size, length + 1), generator=generator)
     tensors = (ids[:, :-1], torch.arange(length).expand(size, length), ids[:, 1:])
     there = (tensor.contiguous().to(torch.cuda.current_device()) for tensor in tensors)
     return dict(zip(("input_ids", "position_ids", "labels"), there))

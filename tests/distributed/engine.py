@@ -4,9 +4,9 @@
 import importlib.util
 import os
 
+import models
 import pytest
 import torch
-from models import hybrid, seeded
 
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel, gpt_layer_specs
@@ -42,7 +42,7 @@ def build(scatter, kind="gpt", position="rope", model=None, **fields):
     pattern = None if kind in ("gpt", "mtp") else kind
     depths = pattern.count("/") if pattern else 2 * (kind == "mtp")
     forget_backend()
-    seeded(1)
+    models.seeded(1)
     tp = parallel_state.get_tensor_model_parallel_world_size()
     config = TransformerConfig(
         **{
@@ -74,7 +74,7 @@ def build(scatter, kind="gpt", position="rope", model=None, **fields):
     if pattern:
         from megatron.core.models.mamba.mamba_layer_specs import mamba_stack_spec as layer
 
-        cls, _ = hybrid(None)
+        cls, _ = models.hybrid(None)
         new = cls.__name__ == "HybridModel"
         more["hybrid_layer_pattern" if new else "hybrid_override_pattern"] = pattern
     built = cls(
@@ -98,7 +98,4 @@ def pair(**options):
 
 def batch(seed=0, size=2):
     """Make random ``input_ids``, ``position_ids`` and ``labels``, int64 ``[size, LENGTH]``."""
-    ids = torch.randint(VOCAB, (size, LENGTH + 1), generator=torch.Generator().manual_seed(seed))
-    tensors = (ids[:, :-1], torch.arange(LENGTH).expand(size, LENGTH), ids[:, 1:])
-    there = (tensor.contiguous().cuda() for tensor in tensors)
-    return dict(zip(("input_ids", "position_ids", "labels"), there))
+    return models.batch(LENGTH, size, seed, VOCAB)

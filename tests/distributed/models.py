@@ -13,6 +13,7 @@ import torch
 
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_sp_fix.demo import models as demo
 from megatron_sp_fix.demo.models import (  # noqa: F401 - for the tests
@@ -61,6 +62,19 @@ class Attention(demo.Attention):
         parts = [attend(*(x[:, :, part] for x in (q, k, v)), is_causal=causal) for part in rows]
         out = torch.cat(parts, 2).permute(2, 0, 1, 3).flatten(2)
         return out.squeeze(1) if packed else out
+
+
+def packed(*lengths):
+    """Describe sequences of these lengths, packed into one."""
+    bounds = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+    bounds = bounds.to(torch.cuda.current_device())
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=bounds,
+        cu_seqlens_kv=bounds,
+        max_seqlen_q=max(lengths),
+        max_seqlen_kv=max(lengths),
+    )
 
 
 def has(kind):

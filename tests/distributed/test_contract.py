@@ -37,7 +37,6 @@ from torch.nn.utils import parametrize, prune
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.inference.contexts import BaseInferenceContext, StaticInferenceContext
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import VocabParallelEmbedding
 from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionLayer
 
@@ -165,15 +164,7 @@ def test_rule_2_same_dropout(kind, position):
 @pytest.mark.on_ranks
 def test_rule_2_packed_sequences(tp):
     data = models.batch(LENGTH, 1)
-    bounds = torch.tensor([0, 5, LENGTH], dtype=torch.int32, device=data["labels"].device)
-    packed = PackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=bounds,
-        cu_seqlens_kv=bounds,
-        max_seqlen_q=11,
-        max_seqlen_kv=11,
-    )
-    same_numbers("gpt", data=data, packed_seq_params=packed)
+    same_numbers("gpt", data=data, packed_seq_params=models.packed(5, 11))
 
 
 @on_two_ranks

@@ -16,7 +16,6 @@ from common import RELEASE, check_same, check_shard, fix
 from engine import LENGTH
 
 from megatron.core import parallel_state
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionLayer
 
@@ -49,6 +48,11 @@ GPT = {
 }
 
 
+def fixed(scatter):
+    """The fix for a tower; a plain LM, which scatters, is the reference and runs without it."""
+    return contextlib.nullcontext() if scatter else fix()
+
+
 def counted_step(model, data, **more):
     """A step, and the bytes of all storages that are saved for backward."""
     saved = []
@@ -67,7 +71,7 @@ def compare(data=None, more=None, **options):
     data, results = data or engine.batch(), []
     for scatter in (True, True, False):
         model = engine.build(scatter, **options)
-        with contextlib.nullcontext() if scatter else fix():
+        with fixed(scatter):
             results.append(counted_step(model, data, **(more or {})))
     (expected, kept), (again, _), (actual, kept_by_tower) = results
     check_same(expected, again)
@@ -85,16 +89,7 @@ def test_gpt(case, tp):
 
 @pytest.mark.on_ranks(tp=2)
 def test_packed():
-    data = engine.batch(size=1)
-    bounds = torch.tensor([0, 96, 160, LENGTH], dtype=torch.int32, device=data["labels"].device)
-    packed = PackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=bounds,
-        cu_seqlens_kv=bounds,
-        max_seqlen_q=96,
-        max_seqlen_kv=96,
-    )
-    compare(data, {"packed_seq_params": packed})
+    compare(engine.batch(size=1), {"packed_seq_params": models.packed(96, 64, 96)})
 
 
 @pytest.mark.parametrize("case", ["rope", "fp8 tensorwise", "moe"])
@@ -135,7 +130,7 @@ def test_speculative_step():
         model = engine.build(scatter, kind="mtp").eval()
         hidden = torch.ones(LENGTH, 2, 256, dtype=torch.bfloat16, device=data["labels"].device)
         hidden *= torch.arange(LENGTH, device=data["labels"].device)[:, None, None] / LENGTH
-        with fix(), torch.no_grad():
+        with fixed(scatter), torch.no_grad():
             results.append(
                 model.mtp.layers[0].forward_single_position(
                     hidden_states=hidden.chunk(2)[common.tp_rank()],
@@ -183,7 +178,7 @@ def test_pipeline():
     for scatter in (True, False):
         stage = {"pre_process": first, "post_process": not first}
         model = engine.build(scatter, model=stage, pipeline_model_parallel_size=2)
-        with fix():
+        with fixed(scatter):
             losses = get_forward_backward_func()(
                 forward_step_func=forward_step,
                 data_iterator=None,
@@ -209,7 +204,7 @@ def test_one_reduce_scatter():
         common.keep_input_step(model)
         data = engine.batch()
         del data["labels"]
-        with fix(), torch.profiler.profile() as profile:
+        with fixed(scatter), torch.profiler.profile() as profile:
             models.forward(model, data)
             torch.cuda.synchronize()
         kernels[scatter] = [
