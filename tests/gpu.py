@@ -31,7 +31,7 @@ SUITES = {
     "ModelOpt": (["modelopt"], ["bf16"]),
     "contract": (["contract", "inference"], ["fp32", "bf16"]),
     "others": (
-        ["gpu", "layouts", "audit", "also", "downstream", "demo", "examples", "property"],
+        ["gpu", "layouts", "audit", "also", "downstream", "property", "examples", "demo"],
         ["fp32", "bf16"],
     ),
 }

@@ -74,7 +74,8 @@ def generate(model, speculative, zero=False):
 
     Returns:
         tuple: the tokens generated for each request; the decoder's input of every forward; every
-        call's logits; and how many elements of padding rows were not zero, on this rank.
+        call's logits; what every speculative step computed; and how many elements of padding rows
+        were not zero, on this rank.
     """
     from megatron.core.inference.config import InferenceConfig
     from megatron.core.inference.contexts.dynamic_context import DynamicInferenceContext
@@ -98,7 +99,7 @@ def generate(model, speculative, zero=False):
     tokenizer = types.SimpleNamespace(eod=VOCAB - 1, bos=None, detokenize=lambda tokens: "")
     controller = text_generation_controller.TextGenerationController(wrapped, tokenizer)
     engine = DynamicInferenceEngine(controller, context)
-    tokens, shards, logits, dirty = {}, [], [], 0
+    tokens, shards, logits, steps, dirty = {}, [], [], [], 0
 
     def keep_shard(_, args, kwargs):
         nonlocal dirty
@@ -113,6 +114,12 @@ def generate(model, speculative, zero=False):
     def keep_logits(_, args, output):
         logits.append(output[0].clone())
 
+    def keep_step(*args, **kwargs):
+        hidden, predicted = compute(*args, **kwargs)
+        steps.extend((hidden.clone(), predicted.clone()))
+        return hidden, predicted
+
+    compute, model.compute_mtp_single_step = model.compute_mtp_single_step, keep_step
     model.decoder.layers[0].register_forward_pre_hook(keep_shard, with_kwargs=True)
     model.output_layer.register_forward_hook(keep_logits)
     ids = torch.randint(VOCAB, (69,), generator=torch.Generator().manual_seed(0))
@@ -123,7 +130,7 @@ def generate(model, speculative, zero=False):
         for record in engine.step_modern()["finished_request_records"]:
             request = record.merge()
             tokens[request.request_id] = request.generated_tokens
-    return tokens, shards, logits, dirty
+    return tokens, shards, logits, steps, dirty
 
 
 @pytest.mark.parametrize("fields", [{}, FP8], ids=["bf16", "fp8"])
@@ -140,6 +147,7 @@ def test_engine_generates(kind, fields):
             actual = generate(tower, speculative)
     assert [len(actual[0][number]) for number in range(3)] == [5, 5, 5]
     assert expected[0] == actual[0]
-    for before, after in zip(expected[1:3], actual[1:3]):
+    for before, after in zip(expected[1:4], actual[1:4]):
         assert len(before) == len(after) and all(map(torch.equal, before, after))
-    assert (actual[3] == 0) == bool(fields)
+    assert bool(actual[3]) == bool(speculative)
+    assert (actual[4] == 0) == bool(fields)

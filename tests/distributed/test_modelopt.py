@@ -9,7 +9,7 @@ import engine
 import models
 import pytest
 import torch
-from common import RELEASE, check_same, check_shard, fix
+from common import RELEASE, check_same, check_shard, check_tower, fix
 from engine import LENGTH
 from test_also import eagle_mode, needs
 
@@ -107,20 +107,21 @@ def test_quantization(config):
     """Calibrated standalone: every scale; then a step of quantization-aware training."""
     import modelopt.torch.quantization as quantization
 
-    data, pair, scales = engine.batch(), engine.pair(), []
+    plain, tower = engine.pair()
 
     def calibrate(model):
         with torch.no_grad():
             for seed in range(2):
                 model(attention_mask=None, **{**engine.batch(seed), "labels": None})
 
-    for model in pair:
-        with fix():
-            quantization.quantize(model, getattr(quantization, config), calibrate)
+    def scales(model):
+        quantization.quantize(model, getattr(quantization, config), calibrate)
         state = model.state_dict()
-        scales.append({name: state[name] for name in state if name.endswith("_amax")})
-    expected, actual = scales
+        return {name: state[name] for name in state if name.endswith("_amax")}
+
+    expected = scales(plain)
+    with fix():
+        actual = scales(tower)
     assert len(expected) == 16 and expected.keys() == actual.keys()  # of four linears in two layers
     assert all(torch.equal(expected[name], actual[name]) for name in expected)
-    with fix():
-        check_same(*(models.step(model, data, attention_mask=None) for model in pair))
+    check_tower(plain, tower, engine.batch(), LENGTH, attention_mask=None)
