@@ -30,10 +30,8 @@ SUITES = {
     "engine": (["dynamic_engine"], ["bf16"]),
     "ModelOpt": (["modelopt"], ["bf16"]),
     "contract": (["contract", "inference"], ["fp32", "bf16"]),
-    "others": (
-        ["gpu", "layouts", "audit", "also", "downstream", "property", "examples", "demo"],
-        ["fp32", "bf16"],
-    ),
+    "layouts": (["gpu", "layouts", "audit", "also", "downstream"], ["fp32", "bf16"]),
+    "demo": (["property", "examples", "demo"], ["fp32", "bf16"]),
 }
 
 

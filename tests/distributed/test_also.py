@@ -187,8 +187,9 @@ class Linear(torch.nn.Module):
 
     def __init__(self, inputs, outputs, **_):
         super().__init__()
-        generator = torch.Generator().manual_seed(4)
-        self.weight = torch.nn.Parameter(0.05 * torch.randn(outputs, inputs, generator=generator))
+        # On the CPU even where the plugin builds on a GPU: each rank draws the same.
+        draw = {"generator": torch.Generator().manual_seed(4), "device": "cpu"}
+        self.weight = torch.nn.Parameter(0.05 * torch.randn(outputs, inputs, **draw))
 
     def forward(self, x):
         return torch.nn.functional.linear(x, self.weight.to(x)), None
@@ -255,7 +256,7 @@ def eagle(model, plugin):
     """Convert a model, with a draft of local layers."""
     import modelopt.torch.speculative as speculative
 
-    torch.manual_seed(1)
+    models.seeded(1)
     with local_layers(plugin):
         speculative.convert(model, [("eagle", eagle_mode(model))])
     model.to(torch.cuda.current_device())

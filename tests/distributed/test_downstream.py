@@ -135,8 +135,10 @@ STEP = "stepfun.modelling_step37.text_model:Step37GPTModel"
 
 
 def plain_step(model, data, **more):
-    """One step of a plain LM of any of these classes."""
+    """One step of a plain LM of any of these classes, or of a tower."""
     if type(model).__name__ != "Qwen3VLGPTModel" or not model.mtp_process:
+        return models.step(model, data, **more)
+    if not model.embedding.scatter_to_sequence_parallel:
         return models.step(model, data, **more)
     # In front of MTP this forward shards whatever its embedding returns: right for a tower, once
     # too often for a plain LM, whose embedding has returned a shard.
