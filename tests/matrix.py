@@ -35,8 +35,7 @@ FORMS = ("runtime", "source")
 #: What a release does with a model that it cannot build without Transformer Engine: run with it, by
 #: `--probe`, on two GPUs (docs/gpu.md).
 WITH_ENGINE = {
-    ("0.12.0", "hybrid"): "broken",
-    ("0.12.3", "hybrid"): "broken",
+    **{(f"0.12.{patch}", "hybrid"): "broken" for patch in range(4)},
     ("main", "mtp"): "right, keeps 2 x",  # at d98e8a64
 }
 #: A change of any of these calls for the whole matrix.
@@ -201,10 +200,9 @@ inference) on it in both forms of this fix. Written by `python tests/matrix.py -
 Columns two to five are the release unpatched, at TP 2: "broken", or "right" with the bytes that the
 decoder's input keeps for backward, as a multiple of a plain LM's; the last of them, MTP's
 speculative step, is read from the source, not run. "¹": the model cannot be built without
-Transformer Engine, and was run with it, over NCCL; "needs TE": it was not run. "n/a": tests of what
-a release does not have (no speculative step before 0.17, no padding mask before 0.16, and so on) or
-of what only a GPU has. "same bits": the towers' logits, loss and gradients are bitwise the same in
-both forms.
+Transformer Engine, and was run with it, over NCCL. "n/a": tests of what a release does not have (no
+speculative step before 0.17, no padding mask before 0.16, and so on) or of what only a GPU has.
+"same bits": the towers' logits, loss and gradients are bitwise the same in both forms.
 
 {chr(10).join(lines)}
 
