@@ -137,9 +137,9 @@ def main() -> int:
             threads.submit(run, order, *each, arguments.into, end)
             for order, each in enumerate(runs)
         ]
-    good = all(future.result() for future in futures)
+    good = [future.result() for future in futures]
     print(table(arguments.into))
-    return 0 if good else 1
+    return 0 if all(good) else 1
 
 
 if __name__ == "__main__":

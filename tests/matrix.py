@@ -200,9 +200,10 @@ inference) on it in both forms of this fix. Written by `python tests/matrix.py -
 Columns two to five are the release unpatched, at TP 2: "broken", or "right" with the bytes that the
 decoder's input keeps for backward, as a multiple of a plain LM's; the last of them, MTP's
 speculative step, is read from the source, not run. "¹": the model cannot be built without
-Transformer Engine, and was run with it, over NCCL. "n/a": tests of what a release does not have (no
-speculative step before 0.17, no padding mask before 0.16, and so on) or of what only a GPU has.
-"same bits": the towers' logits, loss and gradients are bitwise the same in both forms.
+Transformer Engine, and was run with it, over NCCL, by hand (`--probe`). "n/a": tests of what a
+release does not have (no speculative step before 0.17, no padding mask before 0.16, and so on) or
+of what only a GPU has. "same bits": the towers' logits, loss and gradients are bitwise the same in
+both forms.
 
 {chr(10).join(lines)}
 

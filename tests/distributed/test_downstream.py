@@ -33,7 +33,7 @@ from megatron_sp_fix.towers import audit
 LENGTH = 16
 
 
-def _missing(*names):
+def missing(*names):
     """Those of these modules that are not installed; none is imported."""
     missing = []
     for name in names:
@@ -54,14 +54,14 @@ def _bridge_folder():
 
 MISSING = [] if _bridge_folder() else ["megatron-bridge"]
 # Its text models import transformers' classes of configurations; none is ever called here.
-MISSING += _missing("transformers")
+MISSING += missing("transformers")
 try:
     from megatron.core.models import hybrid as _  # noqa: F401
 except ImportError:
     MISSING += ["megatron-core 0.18"]
 
 bridge = pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}")
-modelopt = pytest.mark.skipif(bool(_missing("modelopt")), reason="needs the extra `distill`")
+modelopt = pytest.mark.skipif(bool(missing("modelopt")), reason="needs the extra `distill`")
 pytestmark = pytest.mark.downstream
 
 #: Packages of megatron-bridge that get an empty `__init__` where one of NEEDS is missing. Theirs
@@ -91,7 +91,7 @@ BARE = (
 
 def load(name):
     """Import ``module:attribute`` of megatron-bridge's models, on a rank."""
-    if _missing(*NEEDS):
+    if missing(*NEEDS):
         for package in BARE:
             if package not in sys.modules:
                 bare = types.ModuleType(package)

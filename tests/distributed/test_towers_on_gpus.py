@@ -21,10 +21,10 @@ from test_downstream import (
     PROVIDERS,
     QWEN3_VL,
     STEP,
-    _missing,
     batch,
     bridge,
     load,
+    missing,
     nemotron,
     plain_step,
     settings,
@@ -34,7 +34,7 @@ from megatron.core.fusions.fused_bias_geglu import quick_gelu
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron_sp_fix.towers import audit
 
-MISSING = _missing(*NEEDS)
+MISSING = missing(*NEEDS)
 pytestmark = [
     pytest.mark.downstream,
     pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}"),
@@ -336,7 +336,7 @@ def one_configuration():
 @pytest.mark.on_ranks(tp=2, timeout=240)
 def test_provider_with_its_own_layers(family):
     name, fields, cls = TOWERS[family]
-    if "linear_attention_freq" in fields and _missing("fla"):
+    if "linear_attention_freq" in fields and missing("fla"):
         pytest.skip("not installed: flash-linear-attention")
     provider_class = load(name)
     one_configuration()
