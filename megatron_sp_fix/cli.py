@@ -174,5 +174,5 @@ COMMANDS = {
     "status": (_status, "--check --json --root", "run megatron-sp-fix status --check"),
     "demo": (_demo, "--tp --json", "demo --tp 2"),
     "audit": (_audit, "factory", "audit my_job.models:build"),
-    "diff": (_diff, "--root --format", "diff --root Megatron-LM | git -C Megatron-LM apply"),
+    "diff": (_diff, "--root --format", "diff --root Megatron-LM | patch -p1 -d Megatron-LM"),
 }

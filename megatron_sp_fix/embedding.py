@@ -60,7 +60,7 @@ def sharding(model: Any, call: Callable[[], Any], context: Any, native: str) -> 
             raise TypeError(f"{type(model).__name__}.embedding is a property: make it a submodule")
         return call()
     finally:
-        mine._sp_done = True
+        mine.scatter_to_sequence_parallel = False  # for whoever has kept it
         if model.__dict__.get("embedding") is mine:  # else somebody assigned another, which stays
             model.__dict__["embedding"] = before
             if before is mine:
@@ -98,12 +98,13 @@ class Sharding:
         return type(self._sp_real)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Embed ids int64 ``[b, s]`` as a shard ``[s / tp, b, h]``, or raise a ValueError."""
+        """Embed ids int64 ``[b, s, ...]`` as a shard ``[s / tp, b, h]``, or raise a ValueError."""
         embedding, size = self._sp_real, self._sp_group.size()
         ids: Any = kwargs.get("input_ids", args[0] if args else None)
-        length = ids.shape[1] if getattr(ids, "ndim", 0) == 2 else 0  # else the flag decides
+        length = ids.shape[1] if getattr(ids, "ndim", 0) >= 2 else 0  # else the flag decides
         rows = self._sp_rows or length // size
         if rows == length > 0 or self._sp_done or not self.scatter_to_sequence_parallel:
+            self.scatter_to_sequence_parallel &= not self._sp_done  # who asks now has to shard
             return embedding(*args, **kwargs)
         self._sp_done = self._sp_once
         stock = _runs(LanguageModelEmbedding, embedding)
@@ -142,12 +143,11 @@ def _runs(cls: type, module: Any) -> bool:
     """Whether the module's class runs megatron-core's own forward of `cls`."""
     # Its instance may have a timer on one rank, but ranks must agree on the collective.
     forward: Any = getattr(type(module), "forward", None) if issubclass(type(module), cls) else None
-    ours = False
+    home = ""
     while type(forward) is FunctionType:
-        # Not `__module__`, which a decorator copies.
-        ours = forward.__globals__.get("__name__", "").startswith("megatron.core.")
-        forward = forward.__dict__.get("__wrapped__") if ours else None
-    return ours
+        home = forward.__globals__.get("__name__", "")  # a decorator copies `__module__`
+        forward = forward.__dict__.get("__wrapped__") if home.startswith("megatron.core.") else None
+    return home == cls.__module__
 
 
 def _check_divides(length: int, size: int) -> None:

@@ -10,7 +10,7 @@ FOLDER = os.path.join(os.path.dirname(os.path.abspath(__file__)), "bootstrap")
 _NAME = "megatron_sp_fix_enabled.pth"  # not what somebody would call a path file of their own
 # `site` runs the second line as Python starts. It does nothing once the package is uninstalled.
 _PTH = """# Written by `megatron-sp-fix enable`; `megatron-sp-fix disable` removes it.
-import os, sys; p = {!r}; os.path.isdir(p) and sys.path.insert(0, p)
+import os, sys; p = {!a}; os.path.isdir(p) and sys.path.insert(0, p)
 """
 
 

@@ -35,29 +35,29 @@ class _Patch:
         self.name = f"{cls.__module__}.{cls.__qualname__}.{self.method}"
         original = self.original = self.current
         call = original if type(original) is FunctionType else partial(_call, original)
-        names = site.parameters
+        patch, names = self, site.parameters  # a call may name the method's first parameter, too
 
-        def replacement(owner: Any, *args: Any, **kwargs: Any) -> Any:
-            if (fix := self.fix) is None:
+        def replacement(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if (fix := patch.fix) is None:
                 from . import embedding as fix
 
                 _Patch.fix = fix
             given = {**dict(zip(names, args)), **kwargs} if args else kwargs
-            if not self.active or given.get("decoder_input") is not None:
+            if not patch.active or given.get("decoder_input") is not None:
                 pass
             elif site.embeds == "self.embedding":
-                if fix.needs_shard(owner, getattr(owner, "embedding", None)):
-                    method = partial(call, owner, *args, **kwargs)
+                if fix.needs_shard(self, getattr(self, "embedding", None)):
+                    method = partial(call, self, *args, **kwargs)
                     context = given.get("inference_context") or given.get("inference_params")
-                    return fix.sharding(owner, method, context, site.native)
+                    return fix.sharding(self, method, context, site.native)
             elif given.get("embedding") is not None and given.get("hidden_states") is not None:
-                mine = fix.sharding_rows(owner, given["embedding"], given["hidden_states"])
+                mine = fix.sharding_rows(self, given["embedding"], given["hidden_states"])
                 if "embedding" in kwargs:
                     kwargs["embedding"] = mine
                 else:
                     at = names.index("embedding")
                     args = (*args[:at], mine, *args[at + 1 :])
-            return call(owner, *args, **kwargs)
+            return call(self, *args, **kwargs)
 
         self.replacement = update_wrapper(replacement, original)
 

@@ -226,7 +226,7 @@ else:
     )"""
 
 _OWN_FORWARDS = """\
-# The forwards that know how to return a rank's part, and not what may take their place.
+# As defined here: a forward that is put into the class later does not take the argument.
 _EMBEDDING_FORWARD = LanguageModelEmbedding.forward
 _WORD_EMBEDDING_FORWARD = tensor_parallel.VocabParallelEmbedding.forward
 

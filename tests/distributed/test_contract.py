@@ -11,6 +11,7 @@ import gc
 import inspect
 import os
 import time
+import types
 import weakref
 
 import common
@@ -620,6 +621,28 @@ def test_rule_7_a_view_is_copied():
     check_tower(plain, tower, models.batch(LENGTH), LENGTH)
 
 
+@on_two_ranks
+def test_rule_7_a_subclass_inside_megatron_core():
+    """A fork's own embedding is not the stock one, though its module is megatron-core's."""
+
+    class Numbered(LanguageModelEmbedding):
+        def forward(self, input_ids, position_ids):
+            out = super().forward(input_ids, position_ids)
+            return out + torch.arange(out.shape[0]).to(out)[:, None, None]
+
+    own = Numbered.forward
+    there = {**own.__globals__, "__name__": "megatron.core.models.fork.embedding"}
+    Numbered.forward = types.FunctionType(own.__code__, there, closure=own.__closure__)
+    _, tower = models.pair("gpt", position="none")
+    tower.embedding.__class__ = Numbered
+    common.keep_input_step(tower)
+    data = models.batch(LENGTH)
+    full = tower.embedding(data["input_ids"], data["position_ids"])
+    with fix():
+        actual = models.forward(tower, data)
+    assert torch.equal(actual, tensor_parallel.scatter_to_sequence_parallel_region(full))
+
+
 # Rule 8: what works without the fix works with it (test_property.py); such as code that is handed
 # the embedding and does more with it than call it by keywords.
 
@@ -700,6 +723,80 @@ def test_rule_8_code_that_uses_the_embedding(kind, use):
     with embeds_by(USES[use], "hybrid decoder" if kind == "hybrid" else "GPT decoder"):
         check_tower(plain, tower, models.batch(LENGTH), LENGTH)
     assert getattr(tower.embedding, "calls", 0) == (use == "sets_attributes")
+
+
+def by_name(original):
+    """Passes every argument on by its name, `self` too."""
+    signature = inspect.signature(original)
+
+    def replaced(*args, **kwargs):
+        return original(**signature.bind(*args, **kwargs).arguments)
+
+    return replaced
+
+
+def twice(original):
+    def replaced(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        return original(self, *args, **kwargs)
+
+    return replaced
+
+
+@pytest.mark.parametrize("patch", [by_name, twice])
+@on_two_ranks
+def test_rule_8_patches_of_others(patch):
+    """One that was made before, or one after."""
+    if patch is twice and RELEASE < (0, 19):
+        pytest.skip("before 0.19 nobody shards what embeds once more, with the fix or without")
+    plain, tower = models.pair("gpt")
+    data = models.batch(LENGTH)
+    expected = models.step(plain, data)
+    owner, method = common.place()
+    with fix() if patch is by_name else contextlib.nullcontext():
+        theirs = common.instead(owner, **{method: patch(owner.__dict__[method])})
+        with theirs, fix() if patch is twice else contextlib.nullcontext():
+            check_same(expected, models.step(tower, data))
+
+
+@pytest.mark.skipif("hybrid" not in KINDS, reason="this release needs Transformer Engine for it")
+@on_two_ranks
+def test_rule_8_an_embedding_wrapped_during_a_forward():
+    """What the wrapper then holds stands for the embedding, once that forward is over."""
+    plain, tower = models.pair("hybrid")
+    data = models.batch(LENGTH)
+    expected = models.step(plain, data)
+
+    def wrap(*_):
+        hook.remove()
+        common.shadow(tower, common.Proxy(tower.embedding, False))
+
+    hook = tower.decoder.register_forward_pre_hook(wrap)
+    with fix():
+        for _ in range(2):
+            check_same(expected, models.step(tower, data))
+
+
+@on_two_ranks
+def test_rule_8_ids_of_three_dimensions():
+    """Several tokens a position, as audio codecs have them, whose embeddings are added."""
+
+    class Codebooks(torch.nn.Module):
+        def __init__(self, words):
+            super().__init__()
+            self.words = words
+
+        def forward(self, ids):
+            return sum(self.words(part) for part in ids.unbind(-1))
+
+    plain, tower = models.pair("gpt")
+    plain.embedding.reduce_scatter_embeddings = False  # the module returns full length
+    plain.embedding.word_embeddings.reduce_scatter_embeddings = False
+    for model in (plain, tower):
+        model.embedding.word_embeddings = Codebooks(model.embedding.word_embeddings)
+    data = models.batch(LENGTH)
+    data["input_ids"] = torch.stack([data["input_ids"], data["labels"]], -1)
+    check_tower(plain, tower, data, LENGTH)
 
 
 @runtime_form

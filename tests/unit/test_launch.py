@@ -2,6 +2,7 @@
 """`run` becomes the command itself; `enable` does the same for all of an environment."""
 
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -153,6 +154,13 @@ def test_a_folder_that_is_not_there_or_not_yours(monkeypatch, capsys, command):
     assert cli.main([command]) == 1
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "/dev/null/megatron_sp_fix" in error and "yours" in error
+
+
+def test_enable_writes_a_path_that_every_locale_reads(packages, monkeypatch):
+    """Python reads the file in the locale's encoding, and does not start where it cannot."""
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(packages))
+    monkeypatch.setattr(launch, "FOLDER", "/nowhere/é")
+    assert Path(launch.enable()).read_bytes().isascii()
 
 
 def test_silent_once_the_package_is_gone(environment, packages, monkeypatch):
