@@ -35,7 +35,7 @@ FORMS = ("runtime", "source")
 #: What a release does with a model that it cannot build without Transformer Engine: run with it, by
 #: `--probe`, on two GPUs (docs/gpu.md).
 WITH_ENGINE = {
-    **{(f"0.12.{patch}", "hybrid"): "broken" for patch in range(4)},
+    **{(f"0.12.{last}", "hybrid"): "broken" for last in range(4)},
     ("main", "mtp"): "right, keeps 2 x",  # at d98e8a64
 }
 #: A change of any of these calls for the whole matrix.

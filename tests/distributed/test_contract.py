@@ -753,10 +753,13 @@ def test_rule_8_patches_of_others(patch):
     data = models.batch(LENGTH)
     expected = models.step(plain, data)
     owner, method = common.place()
-    with fix() if patch is by_name else contextlib.nullcontext():
-        theirs = common.instead(owner, **{method: patch(owner.__dict__[method])})
-        with theirs, fix() if patch is twice else contextlib.nullcontext():
-            check_same(expected, models.step(tower, data))
+
+    def theirs():
+        return common.instead(owner, **{method: patch(owner.__dict__[method])})
+
+    first, second = (theirs, fix) if patch is twice else (fix, theirs)
+    with first(), second():
+        check_same(expected, models.step(tower, data))
 
 
 @pytest.mark.skipif("hybrid" not in KINDS, reason="this release needs Transformer Engine for it")

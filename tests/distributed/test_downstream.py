@@ -35,15 +35,15 @@ LENGTH = 16
 
 def missing(*names):
     """Those of these modules that are not installed; none is imported."""
-    missing = []
+    absent = []
     for name in names:
         try:
             found = importlib.util.find_spec(name)
         except ModuleNotFoundError:
             found = None
         if found is None:
-            missing.append(name)
-    return missing
+            absent.append(name)
+    return absent
 
 
 def _bridge_folder():
@@ -136,9 +136,8 @@ STEP = "stepfun.modelling_step37.text_model:Step37GPTModel"
 
 def plain_step(model, data, **more):
     """One step of a plain LM of any of these classes, or of a tower."""
-    if type(model).__name__ != "Qwen3VLGPTModel" or not model.mtp_process:
-        return models.step(model, data, **more)
-    if not model.embedding.scatter_to_sequence_parallel:
+    plain = model.embedding.scatter_to_sequence_parallel
+    if not plain or type(model).__name__ != "Qwen3VLGPTModel" or not model.mtp_process:
         return models.step(model, data, **more)
     # In front of MTP this forward shards whatever its embedding returns: right for a tower, once
     # too often for a plain LM, whose embedding has returned a shard.

@@ -18,6 +18,7 @@ from common import (
     check_tower,
     check_unchanged,
     fix,
+    fixed,
     full_length,
     keep_input_step,
     shadow,
@@ -146,7 +147,7 @@ def test_positions_without_a_label():
     weight[0, 5:] = 1.0
     results = []
     for model in (plain, tower):
-        with fix() if model is tower else contextlib.nullcontext():
+        with fixed(model is plain):
             model.zero_grad()
             loss = (models.forward(model, data) * weight).sum() / weight.sum()
         loss.backward()
@@ -249,7 +250,7 @@ def test_distributed_checkpoint_saved_and_loaded(tmp_path):
     torch.manual_seed(9)
     for scatter in (False, True):
         other = models.build("gpt", scatter)
-        with contextlib.nullcontext() if scatter else fix():
+        with fixed(scatter):
             other.load_state_dict(
                 dist_checkpointing.load(other.sharded_state_dict(), str(tmp_path))
             )

@@ -5,14 +5,12 @@ One step of each model: FP8's delayed scaling remembers the steps before. The pl
 so that a baseline that does not repeat its own bits would be seen.
 """
 
-import contextlib
-
 import common
 import engine
 import models
 import pytest
 import torch
-from common import RELEASE, check_same, check_shard, fix
+from common import RELEASE, check_same, check_shard, fixed
 from engine import LENGTH
 
 from megatron.core import parallel_state
@@ -46,11 +44,6 @@ GPT = {
     "moe": MOE,
     "moe fp8": {**MOE, **FP8["tensorwise"]},
 }
-
-
-def fixed(scatter):
-    """The fix for a tower; a plain LM, which scatters, is the reference and runs without it."""
-    return contextlib.nullcontext() if scatter else fix()
 
 
 def counted_step(model, data, **more):
