@@ -136,6 +136,7 @@ def _apply(rows: Iterable[Site], also: Iterable[Union[type, str]], only: str = "
         except ImportError:  # as 0.12's MambaModel without Transformer Engine: nobody can use it
             continue
         targets.append((_class(module, row.cls, row.method), row))
+    also = [also] if isinstance(also, (str, type)) else also  # not a name's letters, one by one
     targets += [_also(name) for name in (*also, *_eagle()) if str(name).startswith(only)]
     replaced = []
     with _lock:  # whatever can fail has been done: all are replaced, or none
@@ -227,7 +228,7 @@ def _owner(module: Any, name: str, method: str) -> Optional[type]:
     return next((cls for cls in classes if method in vars(cls)), None)
 
 
-def _class(module: ModuleType, name: str, method: str = "__module__") -> type:
+def _class(module: ModuleType, name: str, method: str) -> type:
     if cls := _owner(module, name, method):
         return cls
     raise UnsupportedMegatronError(
@@ -236,28 +237,27 @@ def _class(module: ModuleType, name: str, method: str = "__module__") -> type:
     )
 
 
-def _also(name: Union[type, str]) -> tuple[type, Site]:
+def _also(entry: Any) -> tuple[type, Site]:
     """The class and method that an entry of `also` names."""
     import inspect
 
-    methods = ["_preprocess", "forward"]
-    if isinstance(name, str):
-        module, _, path = name.partition(":")
-        cls, _, method = path.partition(".")
+    cls, methods = entry, ["_preprocess", "forward"]
+    if isinstance(entry, str):
+        module, _, path = entry.partition(":")
+        name, _, method = path.partition(".")
         methods = [method] if method else methods
         try:
-            name = _class(importlib.import_module(module), cls)
-        except ImportError as error:
-            raise UnsupportedMegatronError(f"also: {module} cannot be imported: {error}") from error
+            cls = getattr(importlib.import_module(module), name, None)
+        except (ImportError, TypeError, ValueError) as error:  # TypeError: relative; else empty
+            raise UnsupportedMegatronError(f"also: cannot import {module!r}: {error}") from error
     for method in methods:
-        if method in vars(name):
-            parameters = inspect.signature(getattr(name, method)).parameters.values()
+        if isinstance(cls, type) and callable(vars(cls).get(method)):
+            parameters = inspect.signature(getattr(cls, method)).parameters.values()
             names = tuple(p.name for p in parameters if p.kind < p.VAR_POSITIONAL)[1:]
-            row = Site("also", name.__module__, name.__qualname__, method, parameters=names)
-            return name, row
+            return cls, Site("also", cls.__module__, cls.__qualname__, method, parameters=names)
     raise UnsupportedMegatronError(
-        f"also: {name.__qualname__} has no {' or '.join(methods)} of its own: name the class that "
-        "has it, or another method as 'module:Class.method'"
+        f"also: {entry!r} names no class with a {' or '.join(methods)} of its own: name the class "
+        "that has it, or another method as 'module:Class.method'"
     )
 
 

@@ -376,12 +376,17 @@ def test_also_takes_classes_and_strings():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        (Inherits, "Inherits has no _preprocess or forward of its own"),
-        (f"{__name__}:Own.missing", "Own has no missing of its own"),
-        (f"{__name__}:Missing", "has no class Missing"),
-        (f"{__name__}:objects", "has no class objects"),
-        ("no_such_module:Own", "no_such_module cannot be imported: No module named"),
-        (__name__, "has no class"),
+        (Inherits, "Inherits'> names no class with a _preprocess or forward of its own"),
+        (f"{__name__}:Own.missing", "Own.missing' names no class with a missing of its own"),
+        (f"{__name__}:Own.config", "Own.config' names no class"),
+        (f"{__name__}:Missing", "Missing' names no class"),
+        (f"{__name__}:objects", "objects' names no class"),
+        (__name__, "names no class"),
+        (Own(), "Own object at .* names no class"),
+        (None, "None names no class"),
+        ("no_such_module:Own", "cannot import 'no_such_module': No module named"),
+        (":Own", "cannot import '': Empty module name"),
+        (".relative:Own", "cannot import '.relative': the 'package' argument"),
     ],
 )
 def test_also_names_what_is_missing_and_replaces_nothing(name, message):
@@ -404,8 +409,9 @@ def test_also_counts_no_parameter_after_a_star():
         assert Varied().forward(None, decoder_input="given") == "SimpleNamespace"
 
 
-def test_also_in_a_block():
-    with megatron_sp_fix.applied(also=[Own]):
+@pytest.mark.parametrize("also", [[Own], Own, f"{__name__}:Own"])
+def test_also_in_a_block(also):
+    with megatron_sp_fix.applied(also=also):
         assert Own().forward(None) == "Sharding"
     assert Own().forward(None) == "SimpleNamespace"
 
