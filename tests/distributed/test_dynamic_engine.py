@@ -8,6 +8,7 @@ attention over the same paged cache stands in for them, in PyTorch's operations.
 import contextlib
 import itertools
 import types
+from typing import NamedTuple
 
 import common
 import pytest
@@ -69,14 +70,18 @@ def kernels():
     )
 
 
-def generate(model, speculative, zero=False):
-    """Serve three prompts, the last of which is prefilled in a batch with decodes of the others.
+class Served(NamedTuple):
+    """What the engine computed on this rank."""
 
-    Returns:
-        tuple: the tokens generated for each request; the decoder's input of every forward; every
-        call's logits; what every speculative step computed; and how many elements of padding rows
-        were not zero, on this rank.
-    """
+    tokens: dict  # generated, by request
+    shards: list  # the decoder's input, of each forward
+    logits: list  # of each call
+    steps: list  # hidden states and logits of each speculative step
+    dirty: int  # how many elements of padding rows were not zero
+
+
+def generate(model, speculative, zero=False):
+    """Serve three prompts, the last of which is prefilled in a batch with decodes of the others."""
     from megatron.core.inference.config import InferenceConfig
     from megatron.core.inference.contexts.dynamic_context import DynamicInferenceContext
     from megatron.core.inference.engines.dynamic_engine import DynamicInferenceEngine
@@ -130,7 +135,7 @@ def generate(model, speculative, zero=False):
         for record in engine.step_modern()["finished_request_records"]:
             request = record.merge()
             tokens[request.request_id] = request.generated_tokens
-    return tokens, shards, logits, steps, dirty
+    return Served(tokens, shards, logits, steps, dirty)
 
 
 @pytest.mark.parametrize("fields", [{}, FP8], ids=["bf16", "fp8"])
@@ -145,9 +150,10 @@ def test_engine_generates(kind, fields):
         expected = generate(plain, speculative, zero=bool(fields))
         with fix():
             actual = generate(tower, speculative)
-    assert [len(actual[0][number]) for number in range(3)] == [5, 5, 5]
-    assert expected[0] == actual[0]
-    for before, after in zip(expected[1:4], actual[1:4]):
-        assert len(before) == len(after) and all(map(torch.equal, before, after))
-    assert bool(actual[3]) == bool(speculative)
-    assert (actual[4] == 0) == bool(fields)
+    assert [len(actual.tokens[number]) for number in range(3)] == [5, 5, 5]
+    assert expected.tokens == actual.tokens
+    for name in ("shards", "logits", "steps"):
+        before, after = getattr(expected, name), getattr(actual, name)
+        assert len(before) == len(after) and all(map(torch.equal, before, after)), name
+    assert bool(actual.steps) == bool(speculative)
+    assert (actual.dirty == 0) == bool(fields)
