@@ -11,7 +11,7 @@ right, before or after the models are built::
 
 The example distils a plain LM with the same weights for reference, then the tower, and compares.
 
-    pip install "megatron-sp-fix[distill]"
+    pip install ".[distill]"                                             # in a clone
     python examples/distill_language_tower.py                            # two ranks, GPUs or CPUs
     python examples/distill_language_tower.py --no-fix                   # how it fails
     torchrun --nproc-per-node 2 examples/distill_language_tower.py       # as ranks of a job
@@ -203,7 +203,7 @@ def main() -> int:
     )
     fix = not parser.parse_args().no_fix
     if find_spec("modelopt") is None:
-        sys.exit("this example needs ModelOpt: pip install 'megatron-sp-fix[distill]'")
+        sys.exit("needs ModelOpt: pip install '.[distill]' in a clone of megatron-sp-fix")
     if "RANK" in os.environ:
         return in_job(fix)
     # Each rank imports megatron-core, which warns of every optional package that is not there.

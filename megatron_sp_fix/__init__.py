@@ -8,4 +8,4 @@ from .towers import NotCoveredError, Tower, audit
 
 __all__ = ["applied", "apply", "audit", "disable", "enable", "remove", "status"]
 __all__ += ["NotCoveredError", "SiteStatus", "Status", "Tower", "UnsupportedMegatronError"]
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"

@@ -88,7 +88,7 @@ _REDUCE_SCATTER = """\
 For the decoder of a model built with scatter_embedding_sequence_parallel=False,
 the word embeddings are all-reduced and then split. A model whose embedding
 scatters pays one reduce-scatter, which sends half as much. For 32,768 tokens of
-hidden size 4096 in bf16, on two H100s with NVLink, embedding takes 1.20 ms with
+hidden size 4096 in bf16, on two H100s with NVLink, embedding takes 1.19 ms with
 it and a copy of the part, and 1.41 ms with an all-reduce and no copy. (An
 all-reduce works in place. With a reduce-scatter the part exists beside all rows
 for a moment, which makes this call's peak higher by the part.)
