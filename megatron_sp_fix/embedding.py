@@ -80,6 +80,7 @@ class Sharding:
     """Stands in for an embedding until it is done, and returns `rows` rows, or ``s / tp`` if 0."""
 
     scatter_to_sequence_parallel = True  # who shards what an embedding returns asks it, or sets it
+    _sp_real: Any = None  # torch.compile asks for its `__class__` before `__init__` has set it
     _sp_active: Any = None  # tokens in a quantized batch
     _sp_done = False
 
@@ -87,7 +88,7 @@ class Sharding:
         self._sp_real, self._sp_group, self._sp_rows, self._sp_once = embedding, group, rows, once
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(object.__getattribute__(self, "_sp_real"), name)
+        return getattr(self._sp_real, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         own = name == "scatter_to_sequence_parallel" or name.startswith("_sp_")
@@ -107,8 +108,7 @@ class Sharding:
             self.scatter_to_sequence_parallel &= not self._sp_done  # who asks now has to shard
             return embedding(*args, **kwargs)
         self._sp_done = self._sp_once
-        stock = _runs(LanguageModelEmbedding, embedding)
-        if stock:
+        if stock := _runs(LanguageModelEmbedding, embedding):
             _check_divides(length, size)
         flags = _scatter_flags(embedding) if stock else []
         before = [getattr(module, name) for module, name in flags]

@@ -120,5 +120,8 @@ def install() -> None:
 
 
 def say(text: object) -> None:
-    """Write a line on standard error."""
-    print(f"megatron-sp-fix: {text}", file=sys.stderr, flush=True)
+    """Write a line on standard error, if it can be written: no job ends for want of it."""
+    try:
+        print(f"megatron-sp-fix: {text}", file=sys.stderr, flush=True)
+    except Exception:  # a full disk, a closed pipe, a stand-in without `flush`
+        return

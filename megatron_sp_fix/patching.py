@@ -35,6 +35,7 @@ class _Patch:
         self.name = f"{cls.__module__}.{cls.__qualname__}.{self.method}"
         original = self.original = self.current
         call = original if type(original) is FunctionType else partial(_call, original)
+        twin = _twin(original) if type(original) is FunctionType else call
         patch, names = self, site.parameters  # a call may name the method's first parameter, too
 
         def replacement(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -47,7 +48,7 @@ class _Patch:
                 pass
             elif site.embeds == "self.embedding":
                 if fix.needs_shard(self, getattr(self, "embedding", None)):
-                    method = partial(call, self, *args, **kwargs)
+                    method = partial(twin, self, *args, **kwargs)
                     context = given.get("inference_context") or given.get("inference_params")
                     return fix.sharding(self, method, context, site.native)
             elif given.get("embedding") is not None and given.get("hidden_states") is not None:
@@ -65,6 +66,17 @@ class _Patch:
     def current(self) -> Any:
         """What stands in the class now, as it is."""
         return vars(self.cls).get(self.method)
+
+
+def _twin(method: FunctionType) -> Any:
+    """A copy with a code object of its own, for the calls with a stand-in.
+
+    torch.compile keeps what it compiles by code object, and without a stand-in it compiles
+    ``self.embedding`` to a submodule, unguarded by what the instance's `__dict__` has.
+    """
+    twin = FunctionType(method.__code__.replace(), method.__globals__, closure=method.__closure__)
+    twin.__defaults__, twin.__kwdefaults__ = method.__defaults__, method.__kwdefaults__
+    return update_wrapper(twin, method)
 
 
 def _call(method: Any, owner: Any, *args: Any, **kwargs: Any) -> Any:
@@ -101,7 +113,7 @@ def apply(*, also: Iterable[Union[type, str]] = ()) -> tuple[str, ...]:
 
     Replaces ``GPTModel._preprocess``, its siblings in ``MambaModel``, ``HybridModel`` and MTP and,
     if it is loaded, those of ModelOpt's EAGLE-3, and returns what it replaced. Works before or
-    after models are built, and leaves a method patched in its source. Every rank must call it.
+    after models are built, and leaves what has the fix in its source. Every rank must call it.
 
     Args:
         also: classes with a ``_preprocess`` or ``forward`` of their own that calls

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The call sites: the methods of megatron-core that embed tokens for a decoder.
 
-They are recognized in the code objects of compiled source files, which are not run; nothing here
-imports torch or megatron-core.
+They are recognized in code objects, which are not run; torch and megatron-core are not imported.
 """
 
 import functools
@@ -106,6 +105,7 @@ def dotted(release: tuple[int, ...]) -> str:
     return ".".join(map(str, release))
 
 
+@functools.cache  # it may be asked for at exit, when the tree is gone
 def version(root: Path) -> tuple[int, ...]:
     """Read ``(major, minor, patch)`` from a source tree; raises if it is too old, or none."""
     path = root / "megatron/core/package_info.py"

@@ -2,8 +2,7 @@
 """The source form: the fix as a unified diff, or as a series of mails, for a megatron-core tree.
 
 `upstream_tests/` holds what is changed and what is said of it. Here it is found in the user's own
-files, by their syntax trees, and replaced there as text: what is not replaced stays as it is, to
-the byte.
+files, by their syntax trees, and replaced there as text; the rest stays as it is, to the byte.
 """
 
 import ast
@@ -26,8 +25,7 @@ def diff(root: Path) -> str:
     It adds tests where the tree has ``tests/unit_tests``. Nothing is written.
 
     Raises:
-        UnsupportedMegatronError: something is not recognized, or a file cannot be read as Python;
-            the message names the file, the method and what was looked for.
+        UnsupportedMegatronError: a file is no Python, or has not what the message says was sought.
     """
     before, *_, after = _series(root)
     return _unified(before, after)

@@ -94,6 +94,19 @@ def test_patched_as_imported_and_said_once_by_rank_0(variables, lines):
     assert all(line.endswith(where) for line in said)
 
 
+@pytest.mark.parametrize("stream", ["full", "no flush"])
+def test_a_line_that_cannot_be_written_ends_no_job(stream):
+    def function():
+        with open("/dev/full", "w", buffering=1) as full:
+            taken = full if stream == "full" else types.SimpleNamespace(write=full.name.join)
+            with contextlib.redirect_stderr(taken):
+                load()
+            assert states()["GPTModel"] == "patched"
+            os.dup2(os.open(os.devnull, os.O_WRONLY), full.fileno())  # what it holds goes there
+
+    assert child(function) == (0, "")
+
+
 def test_eagle():
     """ModelOpt's, whose module `apply_to` names by itself."""
     pytest.importorskip("modelopt")
@@ -147,6 +160,7 @@ def test_also_what_no_import_reaches(name):
 
 def too_new():
     sites.supported.cache_clear()
+    sites.version.cache_clear()
     sites.OLDEST = (99, 0)
 
 

@@ -115,6 +115,12 @@ def test_a_tree_that_was_patched_in_its_source(tree):
     assert sites.supported(tree)[0][0].native == "this fix"
 
 
+def test_a_tree_that_goes_while_a_process_has_it(tree):
+    known = sites.supported(tree), sites.version(tree)
+    shutil.rmtree(tree)
+    assert (sites.supported(tree), sites.version(tree)) == known
+
+
 def test_no_tree(tmp_path):
     with pytest.raises(UnsupportedMegatronError, match=f"no megatron-core at {tmp_path}"):
         sites.version(tmp_path)
