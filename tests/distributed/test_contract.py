@@ -1151,6 +1151,11 @@ COMPILED = {
 HANGS = ("compiles_forward", "compiles_module", "wraps_embedding")
 
 
+def skip_if_it_hangs(how):
+    if torch.distributed.get_backend() == "nccl" and how in HANGS:
+        pytest.skip("torch.compile hangs on GPUs, in plain LMs too")
+
+
 @contextlib.contextmanager
 def traceable():
     """Let torch.compile trace what says which device this rank has: a plain function of ours."""
@@ -1170,8 +1175,7 @@ def traceable():
 def test_rule_9_torch_compile(how):
     if common.SOURCE and RELEASE == (0, 13) and how == "compiles_fullgraph":
         pytest.skip("a model of 0.13 has no group to pass, of which megatron-core warns")
-    if torch.distributed.get_backend() == "nccl" and how in HANGS:
-        pytest.skip("torch.compile hangs on GPUs, in plain LMs too")
+    skip_if_it_hangs(how)
     plain, tower = models.pair("gpt", layers=1, position="none")
     common.keep_input_step(plain, tower)
     data = models.batch(LENGTH)
@@ -1193,8 +1197,7 @@ def test_rule_9_torch_compile(how):
 @pytest.mark.on_ranks(tp=2, timeout=240)
 def test_rule_9_torch_compile_where_a_hook_breaks_the_graph(kind):
     """What is compiled for a plain LM may be used for a tower, and must not bypass the fix."""
-    if torch.distributed.get_backend() == "nccl":
-        pytest.skip("torch.compile hangs on GPUs, in plain LMs too")
+    skip_if_it_hangs("compiles_module")
     plain, tower = models.pair(kind, layers=1, position="none")
     common.keep_input_step(plain, tower)
     data = models.batch(LENGTH)
