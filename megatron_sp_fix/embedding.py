@@ -52,7 +52,7 @@ def sharding(model: Any, call: Callable[[], Any], context: Any, native: str) -> 
     quantized = getattr(model.config, "fp8", None) or getattr(model.config, "fp4", None)
     if quantized and context is not None and context.is_dynamic_batching():
         mine._sp_active = context.active_token_count
-    # Python finds what stands in the instance's `__dict__` before a registered submodule.
+    # Python finds this first: for a submodule it has to ask `nn.Module.__getattr__`.
     before = model.__dict__.get("embedding", mine)
     model.__dict__["embedding"] = mine
     try:
@@ -77,10 +77,10 @@ def sharding_rows(owner: Any, embedding: Any, hidden_states: Any) -> Any:
 
 
 class Sharding:
-    """Stands in for an embedding until it is done, and returns `rows` rows, or ``s / tp`` if 0."""
+    """Stands in for an embedding in all calls, or `once`; returns `rows` rows (0: ``s / tp``)."""
 
-    scatter_to_sequence_parallel = True  # who shards what an embedding returns asks it, or sets it
-    _sp_real: Any = None  # torch.compile asks for its `__class__` before `__init__` has set it
+    scatter_to_sequence_parallel = True  # False tells a caller to shard; some callers set it
+    _sp_real: Any = None  # torch.compile reads `__class__` before `__init__` has run
     _sp_active: Any = None  # tokens in a quantized batch
     _sp_done = False
 
@@ -102,7 +102,7 @@ class Sharding:
         """Embed ids int64 ``[b, s, ...]`` as a shard ``[s / tp, b, h]``, or raise a ValueError."""
         embedding, size = self._sp_real, self._sp_group.size()
         ids: Any = kwargs.get("input_ids", args[0] if args else None)
-        length = ids.shape[1] if getattr(ids, "ndim", 0) >= 2 else 0  # else the flag decides
+        length = ids.shape[1] if getattr(ids, "ndim", 0) >= 2 else 0  # 0: not known
         rows = self._sp_rows or length // size
         if rows == length > 0 or self._sp_done or not self.scatter_to_sequence_parallel:
             self.scatter_to_sequence_parallel &= not self._sp_done  # who asks now has to shard

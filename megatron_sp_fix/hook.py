@@ -44,7 +44,7 @@ class Finder:
         if name not in self.names:
             return None
         finders = [finder for finder in sys.meta_path if hasattr(finder, "find_spec")]
-        self.names.remove(name)  # for now: a finder that asks all others asks this one, too
+        self.names.remove(name)  # for now: a finder that asks all the others would come back here
         try:
             spec = next(filter(None, (f.find_spec(name, path, target) for f in finders)), None)
         finally:

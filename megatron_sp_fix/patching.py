@@ -10,10 +10,10 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial, update_wrapper
 from pathlib import Path
-from types import FunctionType, ModuleType
+from types import FunctionType
 from typing import Any, NamedTuple, Optional, Union
 
-from .sites import Site, UnsupportedMegatronError, dotted, installed_root, supported, version
+from .sites import Site, UnsupportedMegatronError, installed_root, supported
 
 _lock = threading.RLock()
 _patches: dict[tuple[type, str], "_Patch"] = {}  # by class and name of the method
@@ -34,9 +34,13 @@ class _Patch:
         self.cls, self.method, self.active = cls, site.method, True
         self.name = f"{cls.__module__}.{cls.__qualname__}.{self.method}"
         original = self.original = self.current
-        call = original if type(original) is FunctionType else partial(_call, original)
-        twin = _twin(original) if type(original) is FunctionType else call
-        patch, names = self, site.parameters  # a call may name the method's first parameter, too
+        call: Any = original if type(original) is FunctionType else partial(_call, original)
+        if (twin := call) is original:
+            # torch.compile keeps results by code object, and a plain LM's result reads the submodule
+            # `embedding`. So a call with a stand-in runs a copy that has its own code object.
+            twin = FunctionType(call.__code__.replace(), call.__globals__, closure=call.__closure__)
+            twin.__defaults__, twin.__kwdefaults__ = call.__defaults__, call.__kwdefaults__
+        patch, names = self, site.parameters  # `self` below is the model, which a call may name
 
         def replacement(self: Any, *args: Any, **kwargs: Any) -> Any:
             if (fix := patch.fix) is None:
@@ -66,17 +70,6 @@ class _Patch:
     def current(self) -> Any:
         """What stands in the class now, as it is."""
         return vars(self.cls).get(self.method)
-
-
-def _twin(method: FunctionType) -> Any:
-    """A copy with a code object of its own, for the calls with a stand-in.
-
-    torch.compile keeps what it compiles by code object, and without a stand-in it compiles
-    ``self.embedding`` to a submodule, unguarded by what the instance's `__dict__` has.
-    """
-    twin = FunctionType(method.__code__.replace(), method.__globals__, closure=method.__closure__)
-    twin.__defaults__, twin.__kwdefaults__ = method.__defaults__, method.__kwdefaults__
-    return update_wrapper(twin, method)
 
 
 def _call(method: Any, owner: Any, *args: Any, **kwargs: Any) -> Any:
@@ -125,7 +118,7 @@ def apply(*, also: Iterable[Union[type, str]] = ()) -> tuple[str, ...]:
             `also` names is not there. Nothing has been replaced then.
     """
     global _removed
-    found, remark = supported(installed_root())
+    found, remark, _ = supported(installed_root())
     if remark:
         warnings.warn(remark, stacklevel=2)
     patches = _apply(found, also)
@@ -147,7 +140,12 @@ def _apply(rows: Iterable[Site], also: Iterable[Union[type, str]], only: str = "
             module = importlib.import_module(row.module)
         except ImportError:  # as 0.12's MambaModel without Transformer Engine: nobody can use it
             continue
-        targets.append((_class(module, row.cls, row.method), row))
+        if not (cls := _owner(module, row.cls, row.method)):
+            raise UnsupportedMegatronError(
+                f"{row.module} has no class {row.cls} with that method: it is a stub, or is being "
+                "imported just now (call apply() before or after that)"
+            )
+        targets.append((cls, row))
     also = [also] if isinstance(also, (str, type)) else also  # not a name's letters, one by one
     targets += [_also(name) for name in (*also, *_eagle()) if str(name).startswith(only)]
     replaced = []
@@ -202,7 +200,7 @@ def status(root: Optional[Path] = None) -> Status:
         UnsupportedMegatronError: megatron-core is missing, too old or not recognized.
     """
     tree = root or installed_root()
-    sites, remark = supported(tree)
+    sites, remark, release = supported(tree)
     rows = []
     for site in sites:
         state, by = "not imported", ""
@@ -215,7 +213,7 @@ def status(root: Optional[Path] = None) -> Status:
             home = current.__globals__.get("__name__", "") if plain else type(current).__module__
             by = {site.module: "", __name__: "megatron_sp_fix"}.get(home, home)
         rows.append(SiteStatus(site.name, site.native, state, by))
-    return Status(dotted(version(tree)), str(tree), tuple(rows), remark)
+    return Status(release, str(tree), tuple(rows), remark)
 
 
 def _state(patch: Optional[_Patch]) -> str:
@@ -238,15 +236,6 @@ def _owner(module: Any, name: str, method: str) -> Optional[type]:
     """The class of that name in a module, or the one of its bases that has the method."""
     classes = getattr(getattr(module, name, None), "__mro__", ())
     return next((cls for cls in classes if method in vars(cls)), None)
-
-
-def _class(module: ModuleType, name: str, method: str) -> type:
-    if cls := _owner(module, name, method):
-        return cls
-    raise UnsupportedMegatronError(
-        f"{module.__name__} has no class {name} with that method: it is a stub, or is being "
-        "imported just now (call apply() before or after that)"
-    )
 
 
 def _also(entry: Any) -> tuple[type, Site]:

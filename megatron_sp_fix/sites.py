@@ -22,7 +22,7 @@ class UnsupportedMegatronError(RuntimeError):
 class Site(NamedTuple):
     """A method that embeds tokens, by ``self.embedding`` or an argument ``embedding``.
 
-    A `role` is played by one of its sites in any release, or by none if it is `optional`. In a
+    Each release has one site of a `role`; of an `optional` one, it may have none. As found in a
     source tree, `native` is what the tree does by itself: ``"no shard"`` (the bug), ``"own
     scatter"`` (Megatron-LM #5628, #6256) or ``"this fix"`` (the patches of ``diff``), and
     `parameters` are the method's positional ones after ``self``.
@@ -62,11 +62,11 @@ SITES = (
 
 
 @functools.cache  # a process imports one version of a file, whatever becomes of it on disk
-def supported(root: Path) -> tuple[tuple[Site, ...], str]:
+def supported(root: Path) -> tuple[tuple[Site, ...], str, str]:
     """Find the call sites in the source tree whose folder `root` holds ``megatron/core``.
 
-    Returns one entry a role, in the table's order, and a remark: empty, or that the release is
-    newer than what was tested. Raises if it is too old, or a file or a role is not recognized.
+    Returns one entry a role, in the table's order; a remark, empty unless the release is newer than
+    what was tested; and the release. Raises if it is too old, or a file or role is not recognized.
     """
     release = version(root)
     where = f"megatron-core {dotted(release)} at {root}"
@@ -86,7 +86,7 @@ def supported(root: Path) -> tuple[tuple[Site, ...], str]:
                 "a fork, add its method to megatron_sp_fix/sites.py"
             )
     remark = f"{where} is newer than {dotted(NEWEST)}, the newest release that was tested"
-    return tuple(found), remark if release[:2] > NEWEST else ""
+    return tuple(found), remark if release[:2] > NEWEST else "", dotted(release)
 
 
 def installed_root() -> Path:
@@ -105,7 +105,6 @@ def dotted(release: tuple[int, ...]) -> str:
     return ".".join(map(str, release))
 
 
-@functools.cache  # it may be asked for at exit, when the tree is gone
 def version(root: Path) -> tuple[int, ...]:
     """Read ``(major, minor, patch)`` from a source tree; raises if it is too old, or none."""
     path = root / "megatron/core/package_info.py"

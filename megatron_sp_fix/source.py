@@ -7,11 +7,11 @@ files, by their syntax trees, and replaced there as text; the rest stays as it i
 
 import ast
 import difflib
-import email.utils
 import functools
 import io
 import re
 import subprocess
+from email.utils import formatdate
 from pathlib import Path
 from typing import Optional, Union
 
@@ -25,7 +25,7 @@ def diff(root: Path) -> str:
     It adds tests where the tree has ``tests/unit_tests``. Nothing is written.
 
     Raises:
-        UnsupportedMegatronError: a file is no Python, or has not what the message says was sought.
+        UnsupportedMegatronError: a file is not Python, or lacks code that the message names.
     """
     before, *_, after = _series(root)
     return _unified(before, after)
@@ -35,15 +35,14 @@ def mail(root: Path, sign_off: str) -> str:
     """Make the same as an mbox that ``git am`` takes, by an author who signs off: three steps."""
     states = _series(root)
     steps = [step for step in zip(core.PATCHES, states, states[1:]) if step[1] != step[2]]
-    date = email.utils.formatdate(localtime=True)
     mails = ""
     for number, (name, before, after) in enumerate(steps, 1):
         subject, body = messages.message(name, before)
         mails += (
-            f"From {'0' * 40} Mon Sep 17 00:00:00 2001\nFrom: {sign_off}\nDate: {date}\n"
-            f"Subject: [PATCH {number}/{len(steps)}] {subject}\nMIME-Version: 1.0\n"
-            "Content-Type: text/plain; charset=UTF-8\nContent-Transfer-Encoding: 8bit\n\n"
-            f"{body}\nSigned-off-by: {sign_off}\n---\n\n"
+            f"From {'0' * 40} Mon Sep 17 00:00:00 2001\nFrom: {sign_off}\nDate: "
+            f"{formatdate(localtime=True)}\nSubject: [PATCH {number}/{len(steps)}] {subject}\n"
+            "MIME-Version: 1.0\nContent-Type: text/plain; charset=UTF-8\n"
+            f"Content-Transfer-Encoding: 8bit\n\n{body}\nSigned-off-by: {sign_off}\n---\n\n"
             f"{_unified(before, after)}-- \nmegatron-sp-fix\n\n"
         )
     return mails

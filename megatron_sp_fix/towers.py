@@ -11,7 +11,7 @@ class NotCoveredError(RuntimeError):
 
 
 class Tower(NamedTuple):
-    """A language model, by its name in the model (``""`` for that itself) and its class.
+    """A language model: its name in what was built (``""`` if it is that itself) and its class.
 
     `verdict` is ``"covered"``, ``"not covered"``, ``"nothing to shard"`` or ``"cannot tell"``.
     """
@@ -132,7 +132,7 @@ def _rows(tower: Any, part: str, rows: int, length: int) -> int:
         inputs |= {"hidden_states": zeros[:rows], "embedding": Embedding()}
         inputs |= {"labels": ids} if "labels" in inspect.signature(run).parameters else {}  # 0.12
     nothing: Any = mock.Mock()
-    # Language models inside of it, as a distillation's teacher, have their own turn.
+    # Language models inside of it, such as a distillation's teacher, are judged by themselves.
     stand_ins = {m: {"forward": nothing} for m in tower.modules() if hasattr(m, "decoder")}
     stand_ins |= {m: {"forward": arrive, "_forward_pre_hooks": {}} for m in ends}
     # What these two methods set up for a training step would stay.

@@ -98,7 +98,6 @@ def test_status_of_another_tree(capsys, tmp_path, monkeypatch, hooked):
     code, out, _ = run(capsys, "status", "--root", str(tmp_path))
     assert code == 0 and "is newer than 0.11" in out.splitlines()[0]
     sites.supported.cache_clear()
-    sites.version.cache_clear()
     monkeypatch.setattr(sites, "OLDEST", (99, 0))
     code, out, error = run(capsys, "status", "--root", str(tmp_path))
     assert (code, out, error.count("\n")) == (1, "", 1) and "is too old: 99.0" in error
