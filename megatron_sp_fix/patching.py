@@ -36,7 +36,7 @@ class _Patch:
         original = self.original = self.current
         call: Any = original if type(original) is FunctionType else partial(_call, original)
         if (twin := call) is original:
-            # torch.compile keeps results by code object, and a plain LM's result reads the submodule
+            # torch.compile keeps results by code object, and that of a plain LM reads the submodule
             # `embedding`. So a call with a stand-in runs a copy that has its own code object.
             twin = FunctionType(call.__code__.replace(), call.__globals__, closure=call.__closure__)
             twin.__defaults__, twin.__kwdefaults__ = call.__defaults__, call.__kwdefaults__
