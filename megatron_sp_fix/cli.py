@@ -60,8 +60,7 @@ def _run(args: argparse.Namespace) -> None:
         print(launch.FOLDER)
         return
     command = args.command if args.m is None else ["-m", *args.m, *args.command]
-    if command[:1] == ["--"]:
-        command = command[1:]
+    command = command[1:] if command[:1] == ["--"] else command
     if not command:
         raise ValueError("name a command, a script, or -m and a module")
     if command[0] == "-m" or command[0].endswith(".py"):  # by this Python, with the same options
@@ -103,7 +102,7 @@ def _status(args: argparse.Namespace) -> None:
         print(found.remark or f"megatron-core {found.version} at {found.root}")
         print("import hook:", "patches each module as it is imported" if hooks else "none")
         for row in found.sites:
-            by = f" (by {row.by})" if row.by else ""
+            by = row.by and f" (by {row.by})"
             print(f"  {row.name:50} by itself: {row.native:11}  now: {row.state}{by}")
     right = ("patched", "this fix", "not imported") if hooks else ("patched", "this fix")
     wrong = ", ".join(row.name for row in found.sites if row.state not in right)

@@ -22,7 +22,7 @@ _TAKES_GROUP = "group" in inspect.signature(scatter_to_sequence_parallel_region)
 
 def tp_group(owner: Any, embedding: Any) -> Any:
     """The group that splits the vocabulary: the embedding's own, its owner's or the global one."""
-    collection = getattr(owner, "pg_collection", None)
+    collection = getattr(owner, "pg_collection", None) or getattr(owner, "model_comm_pgs", None)
     for holder, name in ((embedding, "tp_group"), (collection, "tp"), (owner, "tp_group")):
         if (group := getattr(holder, name, None)) is not None:
             return group
@@ -46,7 +46,7 @@ def sharding(model: Any, call: Callable[[], Any], context: Any, native: str) -> 
         model: a ``GPTModel``, ``HybridModel`` or ``MambaModel``, or of a subclass.
         call: runs the original method, whose result is returned.
         context: a ``BaseInferenceContext`` or None; with fp8 or fp4, its padding rows are zeroed.
-        native: as of ``sites.Site``; empty for other people's, which may embed more than once.
+        native: ``sites.Site.native``; empty for a method of `also`, which may embed more than once.
     """
     mine = Sharding(model.embedding, tp_group(model, model.embedding), once=bool(native))
     quantized = getattr(model.config, "fp8", None) or getattr(model.config, "fp4", None)
@@ -60,7 +60,7 @@ def sharding(model: Any, call: Callable[[], Any], context: Any, native: str) -> 
             raise TypeError(f"{type(model).__name__}.embedding is a property: make it a submodule")
         return call()
     finally:
-        mine.scatter_to_sequence_parallel = False  # for whoever has kept it
+        mine.scatter_to_sequence_parallel = False  # whoever kept it gets all rows, and shards
         if model.__dict__.get("embedding") is mine:  # else somebody assigned another, which stays
             model.__dict__["embedding"] = before
             if before is mine:
@@ -77,7 +77,7 @@ def sharding_rows(owner: Any, embedding: Any, hidden_states: Any) -> Any:
 
 
 class Sharding:
-    """Stands in for an embedding in all calls, or `once`; returns `rows` rows (0: ``s / tp``)."""
+    """Stands in for an embedding, for good or `once`; returns `rows` rows, or ``s / tp`` if 0."""
 
     scatter_to_sequence_parallel = True  # False tells a caller to shard; some callers set it
     _sp_real: Any = None  # torch.compile reads `__class__` before `__init__` has run
@@ -85,7 +85,9 @@ class Sharding:
     _sp_done = False
 
     def __init__(self, embedding: Any, group: Any, rows: int = 0, once: bool = False) -> None:
-        self._sp_real, self._sp_group, self._sp_rows, self._sp_once = embedding, group, rows, once
+        self._sp_group, self._sp_rows, self._sp_once = group, rows, once
+        # Somebody may have assigned `model.embedding` to itself while a stand-in was there.
+        self._sp_real = embedding._sp_real if type(embedding) is Sharding else embedding
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._sp_real, name)
@@ -105,7 +107,7 @@ class Sharding:
         length = ids.shape[1] if getattr(ids, "ndim", 0) >= 2 else 0  # 0: not known
         rows = self._sp_rows or length // size
         if rows == length > 0 or self._sp_done or not self.scatter_to_sequence_parallel:
-            self.scatter_to_sequence_parallel &= not self._sp_done  # who asks now has to shard
+            self.scatter_to_sequence_parallel &= not self._sp_done  # tells callers to shard
             return embedding(*args, **kwargs)
         self._sp_done = self._sp_once
         if stock := _runs(LanguageModelEmbedding, embedding):
@@ -159,7 +161,7 @@ def _check_divides(length: int, size: int) -> None:
 
 
 def _scatter_flags(embedding: Any) -> list[tuple[Any, str]]:
-    """The flags that ``LanguageModelEmbedding.__init__`` sets, but the one that only clones."""
+    """The flags to set; beside a reduce-scatter, the embedding's own would only clone."""
     words = embedding.word_embeddings
     plain = not embedding.add_position_embedding and embedding.num_tokentypes <= 0
     if plain and _runs(VocabParallelEmbedding, words):

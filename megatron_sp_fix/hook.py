@@ -35,9 +35,6 @@ class Finder:
         self.error: Exception | None = None
         if self.mode not in ("", "1", "warn"):  # under "0" this module is not loaded
             self.error = ValueError(f"MEGATRON_SP_FIX={self.mode} is none of 0, 1 and warn")
-        for name in self.also:
-            if ":" not in name or name.startswith("__main__:"):  # no import of it will come
-                self.error = ValueError(f"--also {name} is no MODULE:CLASS of a module to import")
 
     def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
         """Find one of the modules, with a loader that patches it."""
@@ -49,7 +46,7 @@ class Finder:
             spec = next(filter(None, (f.find_spec(name, path, target) for f in finders)), None)
         finally:
             self.names.add(name)
-        if spec and (loader := spec.loader):  # what is set on it stands before its class's method
+        if spec and (loader := spec.loader):  # its own attribute is found before a method
             execute = loader.exec_module
             vars(loader)["exec_module"] = lambda module: self.run(loader, execute, module)
         return spec
@@ -66,6 +63,9 @@ class Finder:
 
         if not self.error:
             try:
+                for name in self.also:
+                    if ":" not in name or name.startswith("__main__:"):  # no import of it will come
+                        raise ValueError(f"--also {name} is no MODULE:CLASS of a module to import")
                 methods = patching.apply_to(module.__name__, self.also)
                 self.patched += [".".join(method.split(".")[-2:]) for method in methods]
                 if not self.running:

@@ -36,8 +36,8 @@ class _Patch:
         original = self.original = self.current
         call: Any = original if type(original) is FunctionType else partial(_call, original)
         if (twin := call) is original:
-            # torch.compile keeps results by code object, and that of a plain LM reads the submodule
-            # `embedding`. So a call with a stand-in runs a copy that has its own code object.
+            # torch.compile keeps results by code object; what it compiled for a plain LM reads the
+            # submodule, past the stand-in. So calls with one run a copy with its own code object.
             twin = FunctionType(call.__code__.replace(), call.__globals__, closure=call.__closure__)
             twin.__defaults__, twin.__kwdefaults__ = call.__defaults__, call.__kwdefaults__
         patch, names = self, site.parameters  # `self` below is the model, which a call may name
@@ -79,7 +79,7 @@ def _call(method: Any, owner: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 class SiteStatus(NamedTuple):
-    """What one call site, ``Class.method``, does in this process; of another tree, `native` twice.
+    """What one call site, ``Class.method``, does in this process (in a tree: `state` is `native`).
 
     `native` is as of ``sites.Site``. `state` is ``"patched"`` if a call reaches this package,
     ``"this fix"`` (in its source), ``"not patched"``, ``"not imported"``, or ``"cannot tell"`` if a
@@ -146,22 +146,22 @@ def _apply(rows: Iterable[Site], also: Iterable[Union[type, str]], only: str = "
                 "imported just now (call apply() before or after that)"
             )
         targets.append((cls, row))
-    also = [also] if isinstance(also, (str, type)) else also  # not a name's letters, one by one
+    also = [also] if isinstance(also, (str, type)) else also  # a lone name, not its letters
     targets += [_also(name) for name in (*also, *_eagle()) if str(name).startswith(only)]
     replaced = []
     with _lock:  # whatever can fail has been done: all are replaced, or none
         for cls, site in targets:
             key = cls, site.method
-            patch = _patches.get(key)
-            if site.native == "this fix" or _state(patch) == "patched":
+            one = _patches.get(key)
+            if site.native == "this fix" or _state(one) == "patched":
                 continue
-            if patch is None or patch.current is not patch.original:
-                if patch:
-                    patch.active = False  # somebody's patch is on top of it
-                patch = _patches[key] = _Patch(cls, site)
-            patch.active = True  # again, if it was removed: somebody may still hold a bound method
-            setattr(*key, patch.replacement)
-            replaced.append(patch)
+            if one is None or id(one.current) not in map(id, (one.original, one.replacement)):
+                if one:
+                    one.active = False  # somebody's patch is on top of it
+                one = _patches[key] = _Patch(cls, site)
+            one.active = True  # again, if it was removed: somebody may still hold a bound method
+            setattr(*key, one.replacement)
+            replaced.append(one)
     return replaced
 
 
@@ -177,7 +177,7 @@ def remove() -> tuple[str, ...]:
 
 @contextmanager
 def applied(*, also: Iterable[Union[type, str]] = ()) -> Iterator[None]:
-    """Apply for the length of a ``with`` block, or of the last of several that overlap."""
+    """Apply in a ``with`` block, to the end of the last; recomputing backwards belong inside."""
     global _open
     patches = _apply(supported(installed_root())[0], also)
     with _lock:
@@ -200,7 +200,7 @@ def status(root: Optional[Path] = None) -> Status:
         UnsupportedMegatronError: megatron-core is missing, too old or not recognized.
     """
     tree = root or installed_root()
-    sites, remark, release = supported(tree)
+    sites, remark, release = (supported.__wrapped__ if root else supported)(tree)
     rows = []
     for site in sites:
         state, by = "not imported", ""
@@ -228,7 +228,8 @@ def _state(patch: Optional[_Patch]) -> str:
         if id(one) not in seen:
             seen.add(id(one))
             left += gc.get_referents(*(getattr(one, "__closure__", None) or ()))  # cells' contents
-            left += [getattr(one, name, None) for name in ("__wrapped__", "__func__", "func")]
+            if type(one) is not FunctionType:  # whose `__wrapped__` need not be what it calls
+                left += [getattr(one, name, None) for name in ("__wrapped__", "__func__", "func")]
     return "cannot tell"
 
 
@@ -278,7 +279,6 @@ def _restore(patches: list[_Patch]) -> tuple[str, ...]:
             patch.active = False
         for patch in ours:
             setattr(patch.cls, patch.method, patch.original)
-    for patch in active:
-        if patch not in ours:  # only now, since under `-W error` it raises
-            warnings.warn(f"{patch.name}: a later patch stays; the fix below is off", stacklevel=3)
+    for patch in (one for one in active if one not in ours):  # last: under `-W error` it raises
+        warnings.warn(f"{patch.name}: a later patch stays; the fix below is off", stacklevel=3)
     return tuple(patch.name for patch in ours)

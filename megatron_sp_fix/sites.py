@@ -22,7 +22,7 @@ class UnsupportedMegatronError(RuntimeError):
 class Site(NamedTuple):
     """A method that embeds tokens, by ``self.embedding`` or an argument ``embedding``.
 
-    Each release has one site of a `role`; of an `optional` one, it may have none. As found in a
+    A release has exactly one site of each `role`, or none if that is `optional`. As found in a
     source tree, `native` is what the tree does by itself: ``"no shard"`` (the bug), ``"own
     scatter"`` (Megatron-LM #5628, #6256) or ``"this fix"`` (the patches of ``diff``), and
     `parameters` are the method's positional ones after ``self``.
@@ -52,7 +52,7 @@ SITES = (
     Site("GPT decoder", f"{_MODELS}.gpt.gpt_model", "GPTModel", "_preprocess"),  # 0.13 on
     Site("hybrid decoder", f"{_MODELS}.mamba.mamba_model", "MambaModel", "forward"),  # to 0.17
     Site("hybrid decoder", _HYBRID, "HybridModel", "forward"),  # 0.18 on
-    Site("hybrid decoder", _HYBRID, "HybridModel", "_preprocess"),  # pull requests 4798, 4942
+    Site("hybrid decoder", _HYBRID, "HybridModel", "_preprocess"),  # Megatron-LM #4798, #4942
     Site("MTP", _MTP, "MultiTokenPredictionBlock", "forward", "embedding"),  # 0.12, 0.13
     Site("MTP", _MTP, _LAYER, "_get_embeddings", "embedding"),  # 0.14 on
     # Hands on to `_get_embeddings`, which somebody may have replaced on an instance or a subclass.
@@ -61,7 +61,7 @@ SITES = (
 )
 
 
-@functools.cache  # a process imports one version of a file, whatever becomes of it on disk
+@functools.cache  # what a process has imported stays, whatever becomes of the files
 def supported(root: Path) -> tuple[tuple[Site, ...], str, str]:
     """Find the call sites in the source tree whose folder `root` holds ``megatron/core``.
 
@@ -81,9 +81,9 @@ def supported(root: Path) -> tuple[tuple[Site, ...], str, str]:
             found += matches
         elif codes or not sites[0].optional:
             raise UnsupportedMegatronError(
-                f"{where}: expected one call {sites[0].embeds}(input_ids=..., position_ids=...) in "
-                f"{' or '.join(f'{s.module}: {s.name}' for s in sites)}, found {len(matches)}; for "
-                "a fork, add its method to megatron_sp_fix/sites.py"
+                f"{where}: expected one of {', '.join(f'{s.module}: {s.name}' for s in sites)} to "
+                f"call {sites[0].embeds}(input_ids=..., position_ids=...), found {len(matches)}; "
+                "for a fork, add its method to megatron_sp_fix/sites.py"
             )
     remark = f"{where} is newer than {dotted(NEWEST)}, the newest release that was tested"
     return tuple(found), remark if release[:2] > NEWEST else "", dotted(release)
@@ -138,10 +138,10 @@ def _recognize(site: Site, code: CodeType) -> list[Site]:
     """The site as its code has it, or nothing if that does not embed as the table says."""
     site = site._replace(parameters=code.co_varnames[1 : code.co_argcount])
     names = (*code.co_names, *code.co_consts, *site.parameters)
-    if "scatter_embeddings" in names:  # the function that `diff` adds
-        return [site._replace(native="this fix")]
+    scatters = "scatter_to_sequence_parallel" in names
+    if "scatter_embeddings" in names:  # the function that `diff` adds; with both, half patched
+        return [] if scatters else [site._replace(native="this fix")]
     embeds = ("input_ids", "position_ids") in code.co_consts  # the keywords of a call
     if "embedding" not in names or not (embeds or site.role == "hand on"):
         return []
-    scatters = "scatter_to_sequence_parallel" in names
     return [site._replace(native="own scatter" if scatters else "no shard")]

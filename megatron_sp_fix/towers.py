@@ -76,7 +76,7 @@ def _verdict(tower: Any) -> tuple[str, str]:
         return "nothing to shard", "sequence parallelism is off, TP is 1, or it does not embed"
     size = tp_group(tower, embedding).size()
     parts = ["its decoder"] if tower.pre_process else []
-    parts += ["MTP"] if getattr(tower, "mtp_process", False) else []
+    parts += ["MTP's first layer"] if getattr(tower, "mtp_process", False) else []
     for part in parts:
         try:
             rows = _rows(tower, part, 4, 4 * size)
@@ -126,18 +126,17 @@ def _rows(tower: Any, part: str, rows: int, length: int) -> int:
     # Hooks of these packages gather parameters; other people's may hand in a decoder_input.
     homes = {str(hook.__module__).split(".")[0] for hook in tower._forward_pre_hooks.values()}
     run, ends = tower.forward if homes <= {"megatron", "torch"} else tower, [tower.decoder]
-    if part == "MTP":
+    if part != "its decoder":
         # Each of its layers begins with a norm of what it has embedded.
         run, ends = tower.mtp.forward, [layer.enorm for layer in tower.mtp.layers]
         inputs |= {"hidden_states": zeros[:rows], "embedding": Embedding()}
         inputs |= {"labels": ids} if "labels" in inspect.signature(run).parameters else {}  # 0.12
-    nothing: Any = mock.Mock()
     # Language models inside of it, such as a distillation's teacher, are judged by themselves.
-    stand_ins = {m: {"forward": nothing} for m in tower.modules() if hasattr(m, "decoder")}
+    stand_ins: Any = {m: {"forward": mock.Mock()} for m in tower.modules() if hasattr(m, "decoder")}
     stand_ins |= {m: {"forward": arrive, "_forward_pre_hooks": {}} for m in ends}
     # What these two methods set up for a training step would stay.
     setups = "preprocess_for_fine_grained_offloading", "preprocess_for_paged_stash"
-    stand_ins[tower] = {"embedding": Embedding(), **dict.fromkeys(setups, nothing)}
+    stand_ins[tower] = {"embedding": Embedding(), **dict.fromkeys(setups, mock.Mock())}
     with ExitStack() as stack:
         for module, attributes in stand_ins.items():
             # What stands in a module's `__dict__` is found before a submodule or a method.

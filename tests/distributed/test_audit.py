@@ -94,7 +94,7 @@ def test_mtp_is_judged_by_itself():
             setattr(*common.place(role), method)
         assert verdict(tower) == "covered"
     assert found.verdict == "not covered"
-    assert found.reason == "MTP gets 8 of 8 rows, not 4, at TP 2"
+    assert found.reason == "MTP's first layer gets 8 of 8 rows, not 4, at TP 2"
 
 
 # What a class of somebody else's does is judged by what arrives, not by how it is written.

@@ -178,20 +178,23 @@ def test_rule_2_fp32_residual():
     same_numbers("gpt", config={"fp32_residual_connection": True})
 
 
-@pytest.mark.skipif(
-    "pg_collection" not in models.parameters("gpt"), reason="this release takes no pg_collection"
-)
+GROUPS = {"pg_collection", "model_comm_pgs"} & models.parameters("gpt")  # the latter: 0.14
+
+
+@pytest.mark.skipif(not GROUPS, reason="a model of this release takes no groups")
 @pytest.mark.on_ranks(ranks=4, tp=2)
 def test_rule_2_own_process_group():
     """TP over ranks {0, 2} and {1, 3}, while the global TP groups are {0, 1} and {2, 3}."""
-    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core import process_groups_config
 
-    collection = ProcessGroupCollection.use_mpu_process_groups()
+    names = "ProcessGroupCollection", "ModelCommProcessGroups"
+    cls = next(cls for name in names if (cls := getattr(process_groups_config, name, None)))
+    collection = cls.use_mpu_process_groups()
     rank = torch.distributed.get_rank()
     groups = [torch.distributed.new_group(ranks) for ranks in ([0, 2], [1, 3])]
     collection.tp = groups[rank % 2]
     size = {"tensor_model_parallel_size": 2}
-    plain, tower = models.pair("gpt", pg_collection=collection, config=size)
+    plain, tower = models.pair("gpt", model=dict.fromkeys(GROUPS, collection), config=size)
     data = models.batch(LENGTH)
     check_tower(plain, tower, data, LENGTH)
     if not common.SOURCE:
@@ -425,6 +428,26 @@ def test_rule_5_an_embedding_assigned_in_the_call_stays(kind):
         assert tower.embedding is mine
     del tower.__dict__["embedding"]
     assert tower.embedding is real
+
+
+@every_kind
+@on_two_ranks
+def test_rule_5_an_embedding_assigned_to_itself_in_the_call(kind):
+    plain, tower = models.pair(kind, position="none")
+    data = models.batch(LENGTH)
+
+    def assign(*_):
+        embedding, tower.embedding = tower.embedding, None
+        tower.embedding = embedding
+
+    hook = tower.decoder.register_forward_pre_hook(assign)
+    with fix():
+        for _ in range(2):
+            check_same(models.step(plain, data), models.step(tower, data))
+        hook.remove()
+        # Still an embedding of megatron-core's, whose collectives are a plain LM's.
+        counted = [operations(lambda: models.step(model, data))[0] for model in (plain, tower)]
+    assert counted[0] == counted[1]
 
 
 # Rules 6 and 7: never twice; embeddings of other people's making keep what they compute.

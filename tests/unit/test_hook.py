@@ -156,6 +156,9 @@ def test_also_a_module_that_is_never_imported():
 def test_also_what_no_import_reaches(name):
     status, text = child(load, MEGATRON_SP_FIX_ALSO=name)
     assert status == 1 and f"--also {name} is no MODULE:CLASS" in text
+    status, text = child(load, MEGATRON_SP_FIX_ALSO=name, MEGATRON_SP_FIX="warn")
+    assert status == 0 and text.count("\n") == 1
+    assert f"off in this process: --also {name} is no MODULE:CLASS" in text
 
 
 def too_new():

@@ -218,6 +218,20 @@ def test_rule_12_a_later_patch_stays_and_is_named():
     setattr(owner, method, original)
 
 
+def test_rule_12_a_replacement_that_is_put_back_once_removed_is_used_again():
+    owner, method = first()
+    original = vars(owner)[method]
+    megatron_sp_fix.apply()
+    ours = vars(owner)[method]
+    with put(owner, method, plainly(ours)), pytest.warns(UserWarning, match="later patch"):
+        megatron_sp_fix.remove()
+    assert vars(owner)[method] is ours and state() == ("not patched", "megatron_sp_fix")
+    megatron_sp_fix.apply()
+    assert vars(owner)[method] is ours and state() == ("patched", "megatron_sp_fix")
+    megatron_sp_fix.remove()
+    assert vars(owner)[method] is original
+
+
 def test_rule_12_what_hides_the_fix_is_patched_over_once():
     """A patch of which nobody can tell what it calls, applied to again: acted on by one only."""
     owner, method = first()
@@ -443,9 +457,10 @@ def test_rule_13_status_of_what_is_not_imported():
 def test_rule_13_status_of_a_patch_that_replaces_the_fix():
     owner, method = first()
     megatron_sp_fix.apply()
-    with put(owner, method, lambda self, *args, **kwargs: None):
-        assert state() == ("cannot tell", __name__)
-        assert state()[0] != "patched"
+    bypass = functools.wraps(vars(owner)[method])(lambda self, *args, **kwargs: None)
+    for theirs in (lambda self, *args, **kwargs: None, bypass):
+        with put(owner, method, theirs):
+            assert state() == ("cannot tell", __name__)
 
 
 def test_rule_13_a_patch_in_place_of_the_original():

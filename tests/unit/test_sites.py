@@ -112,6 +112,10 @@ def test_a_tree_that_was_patched_in_its_source(tree):
     """It calls the function that `diff` adds, whatever else it does."""
     called = "self.embedding(input_ids="
     edit(tree, "GPT decoder", called, "scatter_embeddings(self.embedding, input_ids=")
+    if FOUND["GPT decoder"].native == "own scatter":  # half patched: it scatters, too
+        with pytest.raises(UnsupportedMegatronError, match="found 0"):
+            sites.supported(tree)
+        edit(tree, "GPT decoder", "self.embedding.scatter_to_sequence_parallel", "True")
     assert sites.supported(tree)[0][0].native == "this fix"
 
 
