@@ -77,7 +77,7 @@ def sharding_rows(owner: Any, embedding: Any, hidden_states: Any) -> Any:
 
 
 class Sharding:
-    """Stands in for an embedding, for good or `once`; returns `rows` rows, or ``s / tp`` if 0."""
+    """Stands in for an embedding, for all calls or `once`; returns `rows` rows (0: ``s / tp``)."""
 
     scatter_to_sequence_parallel = True  # False tells a caller to shard; some callers set it
     _sp_real: Any = None  # torch.compile reads `__class__` before `__init__` has run
@@ -161,7 +161,7 @@ def _check_divides(length: int, size: int) -> None:
 
 
 def _scatter_flags(embedding: Any) -> list[tuple[Any, str]]:
-    """The flags to set; beside a reduce-scatter, the embedding's own would only clone."""
+    """The flags to set. In a reduce-scatter, `scatter_to_sequence_parallel` would only clone."""
     words = embedding.word_embeddings
     plain = not embedding.add_position_embedding and embedding.num_tokentypes <= 0
     if plain and _runs(VocabParallelEmbedding, words):

@@ -35,6 +35,8 @@ class Finder:
         self.error: Exception | None = None
         if self.mode not in ("", "1", "warn"):  # under "0" this module is not loaded
             self.error = ValueError(f"MEGATRON_SP_FIX={self.mode} is none of 0, 1 and warn")
+        for name in (n for n in self.also if ":" not in n or n.startswith("__main__:")):
+            self.error = ValueError(f"--also {name} is no MODULE:CLASS of a module to import")
 
     def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
         """Find one of the modules, with a loader that patches it."""
@@ -63,9 +65,6 @@ class Finder:
 
         if not self.error:
             try:
-                for name in self.also:
-                    if ":" not in name or name.startswith("__main__:"):  # no import of it will come
-                        raise ValueError(f"--also {name} is no MODULE:CLASS of a module to import")
                 methods = patching.apply_to(module.__name__, self.also)
                 self.patched += [".".join(method.split(".")[-2:]) for method in methods]
                 if not self.running:
@@ -73,10 +72,11 @@ class Finder:
             except Exception as error:
                 self.error = error
                 patching.remove()
-                if self.mode == "warn":
-                    say(f"off in this process: {error}")
         if self.error and self.mode != "warn":
             raise self.error  # at each import, since somebody may have caught the first
+        if self.error and self.names:
+            say(f"off in this process: {self.error}")
+            self.names.clear()
 
     def check(self) -> None:
         """Fail if another finder kept a module from this one; say once what is patched."""

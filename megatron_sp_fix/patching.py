@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial, update_wrapper
+from itertools import islice
 from pathlib import Path
 from types import FunctionType
 from typing import Any, NamedTuple, Optional, Union
@@ -177,7 +178,7 @@ def remove() -> tuple[str, ...]:
 
 @contextmanager
 def applied(*, also: Iterable[Union[type, str]] = ()) -> Iterator[None]:
-    """Apply in a ``with`` block, to the end of the last; recomputing backwards belong inside."""
+    """Apply in a ``with`` block, or until the last open one ends; recomputation belongs inside."""
     global _open
     patches = _apply(supported(installed_root())[0], also)
     with _lock:
@@ -220,16 +221,16 @@ def _state(patch: Optional[_Patch]) -> str:
     """Whether calling what stands in a class reaches the replacement, as far as can be seen."""
     if patch is None or not patch.active or patch.current is patch.original:
         return "not patched"
-    left, seen = [patch.current], set[int]()
-    while left and len(seen) < 99:  # a mock has attributes of any name, without end
-        one = left.pop(0)
-        if one is patch.replacement:
+    found = [patch.current]
+    for it in islice(found, 99):  # it grows here; a mock has attributes of any name, without end
+        if it is patch.replacement:
             return "patched"
-        if id(one) not in seen:
-            seen.add(id(one))
-            left += gc.get_referents(*(getattr(one, "__closure__", None) or ()))  # cells' contents
-            if type(one) is not FunctionType:  # whose `__wrapped__` need not be what it calls
-                left += [getattr(one, name, None) for name in ("__wrapped__", "__func__", "func")]
+        found += gc.get_referents(*(getattr(it, "__closure__", None) or ()))  # cells' contents
+        if type(it) is FunctionType:  # its `__wrapped__` need not be what it calls
+            called = map(it.__globals__.get, it.__code__.co_names)
+            found += [each for each in called if type(each) is FunctionType]
+        else:
+            found += [getattr(it, n) for n in ("__wrapped__", "__func__", "func") if hasattr(it, n)]
     return "cannot tell"
 
 

@@ -83,7 +83,7 @@ def supported(root: Path) -> tuple[tuple[Site, ...], str, str]:
             raise UnsupportedMegatronError(
                 f"{where}: expected one of {', '.join(f'{s.module}: {s.name}' for s in sites)} to "
                 f"call {sites[0].embeds}(input_ids=..., position_ids=...), found {len(matches)}; "
-                "for a fork, add its method to megatron_sp_fix/sites.py"
+                "for a fork, add it to megatron_sp_fix/sites.py; finish a patch that half applied"
             )
     remark = f"{where} is newer than {dotted(NEWEST)}, the newest release that was tested"
     return tuple(found), remark if release[:2] > NEWEST else "", dotted(release)

@@ -216,11 +216,10 @@ def _unified(before: dict[str, str], after: dict[str, str]) -> str:
     """The difference as git shows it."""
     text = ""
     for path in sorted(after):
-        a, b = f"a/{path}", f"b/{path}"
         # Not `splitlines`, which also splits at form feeds, where neither `ast` nor git does.
         old, new = (io.StringIO(files[path]).readlines() for files in (before, after))
-        rows = list(difflib.unified_diff(old, new, a, b))
-        text += f"diff --git {a} {b}\n" if rows else ""
+        rows = list(difflib.unified_diff(old, new, f"a/{path}", f"b/{path}"))
+        text += f"diff --git a/{path} b/{path}\n" if rows else ""
         for row in rows:
             text += row if row.endswith("\n") else f"{row}\n\\ No newline at end of file\n"
     return text

@@ -82,9 +82,11 @@ def test_status_check(capsys, monkeypatch, hooked):
         assert code == 1 and "GPTModel.forward" in error and "`megatron-sp-fix run`" in error
     sys.meta_path[:] = [f for f in sys.meta_path if not isinstance(f, hook.Finder)]
     assert check("patched")[0] == 0 and check("not imported")[0] == 1
-    monkeypatch.setenv("MEGATRON_SP_FIX", "of")
-    hook.install()
-    assert check("not imported")[0] == 1
+    for name, value in (("MEGATRON_SP_FIX", "of"), ("MEGATRON_SP_FIX_ALSO", "__main__:Model")):
+        with monkeypatch.context() as environment:
+            environment.setenv(name, value)
+            hook.install()
+        assert check("not imported")[0] == 1
 
 
 def test_status_of_another_tree(capsys, tmp_path, monkeypatch, hooked):

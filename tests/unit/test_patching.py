@@ -218,6 +218,17 @@ def test_rule_12_a_later_patch_stays_and_is_named():
     setattr(owner, method, original)
 
 
+def test_rule_12_a_later_patch_that_keeps_the_original_in_a_global():
+    owner, method = first()
+    megatron_sp_fix.apply()
+    names = {"original": vars(owner)[method]}
+    exec("def theirs(self, *args, **kwargs):\n    return original(self, *args, **kwargs)", names)
+    with put(owner, method, functools.wraps(names["original"])(names["theirs"])):
+        with megatron_sp_fix.applied():
+            assert state()[0] == "patched"
+        assert state()[0] == "patched"
+
+
 def test_rule_12_a_replacement_that_is_put_back_once_removed_is_used_again():
     owner, method = first()
     original = vars(owner)[method]
