@@ -103,15 +103,14 @@ def build(
     layers=2,
     pre_process=True,
     post_process=True,
-    pg_collection=None,
     config=None,
     model=None,
     **more,
 ):
     """Build a model, as the demonstration's function of this name does.
 
-    `layers` are those of all stages, `pre_process` tells whether this one embeds, `post_process`
-    whether it computes logits, and `pg_collection` has process groups in place of the global ones.
+    `layers` are those of all stages, `pre_process` tells whether this one embeds, and
+    `post_process` whether it computes logits.
     """
     fields = {"num_layers": layers, **(config or {})}
     if position == "mrope":
@@ -121,12 +120,9 @@ def build(
         fields = {"bf16": True, **dtypes, **fields}
     fields.setdefault("pipeline_dtype", torch.float32)
     arguments = {"pre_process": pre_process, "post_process": post_process, **(model or {})}
-    if pg_collection is None:
-        for name in ("pipeline_model", "context", "expert_model"):
-            size = getattr(parallel_state, f"get_{name}_parallel_world_size")()
-            fields.setdefault(f"{name}_parallel_size", size)
-    else:
-        arguments["pg_collection"] = pg_collection
+    for name in ("pipeline_model", "context", "expert_model"):
+        size = getattr(parallel_state, f"get_{name}_parallel_world_size")()
+        fields.setdefault(f"{name}_parallel_size", size)
     stages = fields.get("pipeline_model_parallel_size", 1)
     here = layers // stages // fields.get("virtual_pipeline_model_parallel_size", 1)
     built = demo.build(
